@@ -1,0 +1,218 @@
+"""The workers as this replica knows them: what each reported, less what was sent there since.
+
+It decides who can take a request now, and who of those is least loaded. It must not know who waits.
+A lease is deducted from its worker's report until a report lists the request; after that the worker
+counts it itself. Each model's candidates are one sorted list, so a choice costs the same with three
+workers and with three hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from services.batcher.core.entry import Entry
+from services.batcher.core.messages import LoadReport
+from services.batcher.core.pool import Load, Pool
+
+
+class Worker:
+    """One endpoint. It can be chosen while its stream is open, its reports are fresh and it takes work."""
+
+    __slots__ = (
+        "active",
+        "boot_id",
+        "connected",
+        "draining",
+        "endpoint",
+        "index",
+        "last_used",
+        "leases",
+        "loads",
+        "reported_at",
+        "stale",
+        "unlisted",
+        "watched",
+    )
+
+    def __init__(self, endpoint: str, index: int) -> None:
+        self.endpoint = endpoint
+        self.index = index
+        self.connected = False
+        self.stale = True
+        """Also until the first report."""
+        self.draining = False
+        self.boot_id = ""
+        self.reported_at = 0.0
+        self.loads: dict[str, Load] = {}
+        self.active: tuple[str, ...] = ()
+        self.unlisted: dict[int, Entry] = {}
+        """Leases that no report has listed yet, by ticket."""
+        self.leases = 0
+        self.last_used = 0
+        self.watched = False
+        """A timer looks after its silence."""
+
+    @property
+    def alive(self) -> bool:
+        """Its stream is open and its reports are fresh."""
+        return self.connected and not self.stale
+
+    @property
+    def usable(self) -> bool:
+        return self.connected and not self.stale and not self.draining
+
+    @property
+    def state(self) -> str:
+        """One word for people: lost, stale, draining or alive."""
+        if not self.connected:
+            return "lost"
+        if self.stale:
+            return "stale"
+        return "draining" if self.draining else "alive"
+
+
+class Fleet:
+    """All workers, and the pool of each model. Methods return the models whose capacity may have changed."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, Worker] = {}
+        self.pools: dict[str, Pool] = {}
+        self._indices = 0
+        self._uses = 0
+
+    def pool(self, model: str, now: float) -> Pool:
+        """The model's pool; an empty one that is hopeless from now on when nobody knows the model."""
+        pool = self.pools.get(model)
+        if pool is None:
+            pool = self.pools[model] = Pool(model, now)
+        return pool
+
+    def forget_pool(self, model: str) -> None:
+        """Drop a pool that no worker is in."""
+        pool = self.pools.get(model)
+        if pool is not None and not pool.loads:
+            del self.pools[model]
+
+    # Workers come, report and go.
+
+    def found(self, endpoint: str) -> None:
+        """The worker exists; it can be chosen after its first report."""
+        if endpoint not in self.workers:
+            self._indices += 1
+            self.workers[endpoint] = Worker(endpoint, self._indices)
+
+    def lost(self, worker: Worker, now: float) -> set[str]:
+        """The stream broke: nothing it reported counts any more. Its leases end with their own streams."""
+        worker.connected = False
+        worker.stale = True
+        worker.active = ()
+        return self._drop_loads(worker, list(worker.loads), now)
+
+    def forget(self, endpoint: str) -> None:
+        """The worker, lost before, left the discovered set."""
+        worker = self.workers.pop(endpoint, None)
+        if worker is not None:
+            worker.watched = False
+
+    def reported(self, worker: Worker, report: LoadReport, now: float) -> set[str]:
+        """Take in a report. A new boot id means that whatever was sent to the old process is gone."""
+        turned = not worker.usable or report.draining
+        if worker.boot_id != report.boot_id:
+            worker.boot_id = report.boot_id
+            worker.unlisted.clear()
+        worker.connected = True
+        worker.stale = False
+        worker.draining = report.draining
+        worker.reported_at = now
+        worker.active = report.active_request_ids
+        newly_listed = self._settle_leases(worker)
+        touched: set[str] = set()
+        for model_report in report.models:
+            load = worker.loads.get(model_report.version)
+            if load is None:
+                pool = self.pool(model_report.version, now)
+                load = worker.loads[model_report.version] = Load(worker, pool, model_report)
+                pool.loads[worker.endpoint] = load
+            elif not (turned or newly_listed or worker.unlisted) and load.report == model_report:
+                continue
+            load.report = model_report
+            self._deduct_again(load)
+            load.refresh(now)
+            touched.add(model_report.version)
+        if len(report.models) != len(worker.loads):
+            here = {model_report.version for model_report in report.models}
+            touched |= self._drop_loads(worker, [v for v in worker.loads if v not in here], now)
+        return touched
+
+    def went_stale(self, worker: Worker, now: float) -> set[str]:
+        """Too long without a report."""
+        worker.stale = True
+        for load in worker.loads.values():
+            load.refresh(now)
+        return set(worker.loads)
+
+    # Leases.
+
+    def lease(self, entry: Entry, load: Load, now: float) -> None:
+        """The request goes to this worker: deduct it until a report lists it."""
+        self._uses += 1
+        load.worker.last_used = self._uses
+        self._attach(entry, load.worker)
+        load.deduct(entry.request.prompt_tokens, 1)
+        load.refresh(now)
+
+    def move(self, entry: Entry, served_by: str, now: float) -> set[str]:
+        """The proxy had the request served by another worker."""
+        touched = self.release(entry, now)
+        worker = self.workers.get(served_by)
+        if worker is None:
+            return touched
+        self._attach(entry, worker)
+        if entry.request.request_id in worker.active:
+            del worker.unlisted[entry.ticket]
+        elif (load := worker.loads.get(entry.request.model)) is not None:
+            load.deduct(entry.request.prompt_tokens, 1)
+            load.refresh(now)
+        return touched
+
+    def release(self, entry: Entry, now: float) -> set[str]:
+        """The lease ended or moved. What a report already listed is given back by the next report."""
+        worker, entry.worker = entry.worker, None
+        if worker is None:
+            return set()
+        worker.leases -= 1
+        if worker.unlisted.pop(entry.ticket, None) is None:
+            return set()
+        load = worker.loads.get(entry.request.model)
+        if load is None:
+            return set()
+        load.deduct(entry.request.prompt_tokens, -1)
+        load.refresh(now)
+        return {entry.request.model}
+
+    def _attach(self, entry: Entry, worker: Worker) -> None:
+        entry.worker = worker
+        worker.leases += 1
+        worker.unlisted[entry.ticket] = entry
+
+    def _settle_leases(self, worker: Worker) -> bool:
+        if not worker.unlisted:
+            return False
+        active = frozenset(worker.active)
+        listed = [t for t, entry in worker.unlisted.items() if entry.request.request_id in active]
+        for ticket in listed:
+            del worker.unlisted[ticket]
+        return bool(listed)
+
+    def _deduct_again(self, load: Load) -> None:
+        load.clear_deductions()
+        for entry in load.worker.unlisted.values():
+            if entry.request.model == load.pool.model:
+                load.deduct(entry.request.prompt_tokens, 1)
+
+    def _drop_loads(self, worker: Worker, versions: Iterable[str], now: float) -> set[str]:
+        touched: set[str] = set()
+        for version in versions:
+            worker.loads.pop(version).drop(now)
+            touched.add(version)
+        return touched

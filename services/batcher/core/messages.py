@@ -1,0 +1,145 @@
+"""The words of the core: what it is told, what it answers, and the limits it keeps.
+
+Times are seconds on one monotonic clock, chosen by the caller, unless a name says otherwise. A
+`ticket` is the caller's number for one request's stay here: the same request id may come back with a
+new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+PRIORITY_DEFAULT = 2
+PRIORITY_LAST = 4
+"""Bands 1 (most urgent) to 4, as in loom.inference.v1.Priority; 0 is taken as the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Every bound of the core."""
+
+    hold_max_s: float
+    """A request waits no longer than this."""
+    no_worker_hold_s: float
+    """A request waits no longer than this for a model that no live worker serves or loads."""
+    report_stale_s: float
+    """A worker that was silent for this long is not chosen until it reports."""
+    queue_depth_max: int
+    """Requests that may wait for one model."""
+    queue_prompt_tokens_max: int
+    """Prompt tokens that may wait for one model; one request may always wait."""
+    queues_max: int
+    """Models that requests may wait for at once."""
+    tenants_max: int
+    """Tenants that are remembered; the idle ones are forgotten first."""
+
+
+class Request(NamedTuple):
+    """What the core knows of a request."""
+
+    request_id: str
+    model: str
+    """`sha256:…` of the version."""
+    tenant: str
+    priority: int
+    """0 to `PRIORITY_LAST`."""
+    arrival_unix_ms: int
+    """First arrival at a gateway: the place in the queue, kept over re-sends and replicas."""
+    deadline: float
+    prompt_tokens: int
+    max_new_tokens: int
+    attempt: int = 1
+    prefix: tuple[bytes, ...] = ()
+
+
+class ModelState(Enum):
+    """A model's life on one worker."""
+
+    FETCHING = "fetching"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+COMING = (ModelState.FETCHING, ModelState.LOADING)
+"""States that become READY by themselves."""
+
+
+class ModelReport(NamedTuple):
+    """One model on one worker, as the worker reports it."""
+
+    version: str
+    state: ModelState
+    progress: float = 0.0
+    error: str = ""
+    free_sequences: int = 0
+    free_blocks: int = 0
+    block_tokens: int = 0
+    """0: the engine has no blocks, and only sequences count."""
+    total_blocks: int = 0
+    running: int = 0
+    waiting: int = 0
+    queued_prefill_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    """0: nothing was measured yet."""
+    sequences_max: int = 0
+
+
+class LoadReport(NamedTuple):
+    """What a worker can take, and which requests it holds."""
+
+    boot_id: str
+    draining: bool
+    models: tuple[ModelReport, ...]
+    active_request_ids: tuple[str, ...] = ()
+
+
+class Usage(NamedTuple):
+    """What a request cost in the end."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+
+
+class Dispatch(NamedTuple):
+    """Send the request to this endpoint now; it holds this lease until its stream ends."""
+
+    ticket: int
+    request: Request
+    endpoint: str
+    lease_id: str
+    waited_s: float
+
+
+class Reject(NamedTuple):
+    """Refuse the request. `reason` is a name of loom.errors.v1.ErrorReason without its prefix."""
+
+    ticket: int
+    request: Request
+    reason: str
+    message: str
+    metadata: dict[str, str]
+    retry_after_s: float | None
+    waited_s: float
+
+
+class ServedElsewhere(NamedTuple):
+    """The proxy moved a request to another worker than the one picked."""
+
+    ticket: int
+    picked: str
+    served_by: str
+
+
+class WorkerTurned(NamedTuple):
+    """A worker became `alive`, `stale`, `lost` or `draining`."""
+
+    endpoint: str
+    state: str
+
+
+Effect = Dispatch | Reject | ServedElsewhere | WorkerTurned

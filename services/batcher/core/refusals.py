@@ -1,0 +1,98 @@
+"""Why a request is refused, in words: reason, a message that names the cure, and when to try again.
+
+It decides the wording and the hint, never whether to refuse.
+"""
+
+from __future__ import annotations
+
+from services.batcher.core.entry import Entry
+from services.batcher.core.messages import Limits, ModelState, Reject
+from services.batcher.core.pool import Pool
+
+RETRY_MIN_S = 0.1
+RETRY_MAX_S = 30.0
+RETRY_UNKNOWN_S = 1.0
+"""The hint of a full queue whose pace is not known yet."""
+RETRY_NO_WORKER_S = 2.0
+RETRY_ELSEWHERE_S = 0.1
+"""Another replica answers: try at once, but not in a spin."""
+MODEL_CHARS = 19
+"""`sha256:` and 12 digits are enough for people."""
+
+
+def _reject(
+    entry: Entry, now: float, reason: str, message: str, retry_s: float | None, **data: object
+) -> Reject:
+    metadata = {key: str(value) for key, value in data.items()}
+    return Reject(entry.ticket, entry.request, reason, message, metadata, retry_s, now - entry.entered)
+
+
+def retry_hint_s(drain_estimate_s: float) -> float:
+    """When a queue of this estimate is worth another try."""
+    return min(max(drain_estimate_s or RETRY_UNKNOWN_S, RETRY_MIN_S), RETRY_MAX_S)
+
+
+def draining(entry: Entry, now: float) -> Reject:
+    message = "this batcher is shutting down; send the request again and another replica answers"
+    return _reject(entry, now, "DRAINING", message, RETRY_ELSEWHERE_S, service="batcher")
+
+
+def deadline(entry: Entry, now: float) -> Reject:
+    """Its deadline passed, before its arrival or while it waited."""
+    waited_s = now - entry.entered
+    when = f"after {waited_s:.3f} s in the queue" if waited_s else "before the request came here"
+    message = f"the deadline passed {when}; allow more time"
+    return _reject(entry, now, "DEADLINE_UNREACHABLE", message, None, estimate_ms=0)
+
+
+def queue_full(entry: Entry, now: float, what: str, limit: int, drain_estimate_s: float) -> Reject:
+    """`what` names the bound that was reached."""
+    retry_s = retry_hint_s(drain_estimate_s)
+    queue = entry.request.model
+    message = (
+        f"the queue of model {queue[:MODEL_CHARS]} is full ({what}: {limit:,}); try again in {retry_s:.1f} s"
+    )
+    return _reject(entry, now, "QUEUE_FULL", message, retry_s, queue=queue, limit=limit)
+
+
+def queue_timeout(entry: Entry, now: float, drain_estimate_s: float) -> Reject:
+    waited_s = now - entry.entered
+    message = f"no worker became free within {waited_s:.1f} s; try again later or add workers"
+    retry_s = retry_hint_s(drain_estimate_s)
+    return _reject(entry, now, "QUEUE_TIMEOUT", message, retry_s, waited_ms=round(waited_s * 1000))
+
+
+def no_capacity(entry: Entry, now: float, pool: Pool) -> Reject:
+    """Nobody serves the model, nor will soon."""
+    model = entry.request.model
+    why = next(
+        (
+            f" (loading failed on {load.worker.endpoint}: {load.report.error})"
+            for load in pool.loads.values()
+            if load.report.state is ModelState.FAILED
+        ),
+        "",
+    )
+    message = f"no live worker serves model {model[:MODEL_CHARS]}{why}; start one that loads it"
+    return _reject(entry, now, "NO_CAPACITY", message, RETRY_NO_WORKER_S, model=model)
+
+
+def too_large(entry: Entry, now: float, largest_tokens: int) -> Reject:
+    """No worker could hold the prompt even when idle."""
+    size = entry.request.prompt_tokens
+    message = (
+        f"a prompt of {size:,} tokens does not fit in the KV cache of any worker of this model "
+        f"(at most {largest_tokens:,}); shorten it"
+    )
+    return _reject(
+        entry, now, "REQUEST_TOO_LARGE", message, None, field="prompt", size=size, limit=largest_tokens
+    )
+
+
+def full_reason(limits: Limits, depth: int, tokens: int, prompt_tokens: int) -> tuple[str, int] | None:
+    """Which bound of a queue one more request would break, if any."""
+    if depth >= limits.queue_depth_max:
+        return "requests waiting", limits.queue_depth_max
+    if depth and tokens + prompt_tokens > limits.queue_prompt_tokens_max:
+        return "prompt tokens waiting", limits.queue_prompt_tokens_max
+    return None

@@ -1,0 +1,1 @@
+"""The gateway's hands: the modelstore, tokenizers, templates, and the mesh."""

@@ -1,0 +1,1 @@
+"""What the gateway decides, without I/O: no event loop, no sockets, no clock, no protobuf."""

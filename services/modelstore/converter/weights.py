@@ -1,0 +1,114 @@
+"""Casts a source's tensors one by one and holds them against the model that the configuration makes.
+
+Memory is bounded by one tensor in float32 and one shard of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from services.modelstore.converter.shards import ShardWriter
+from services.modelstore.core.refusal import source_invalid
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FLOAT16_MAX = 65_504.0
+
+OnBytes = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The tensors that a configuration asks for."""
+
+    model: Any
+    """The model without its weights (meta tensors)."""
+    shapes: Mapping[str, tuple[int, ...]]
+    tied: frozenset[str]
+    """Names that share another tensor and are not stored."""
+
+
+class Tensors(Protocol):
+    """A source of tensors under transformers' names, in a fixed order."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+def expect(config: Any) -> Expected:
+    """What `config` makes, without allocating it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = frozenset(model.all_tied_weights_keys)
+    return Expected(model, shapes, tied)
+
+
+def write(
+    label: str, tensors: Tensors, expected: Expected, dtype: str, writer: ShardWriter, on_bytes: OnBytes
+) -> list[str]:
+    """Cast and write every tensor; the files. Raises Refused when names or shapes do not fit."""
+    target = DTYPES[dtype]
+    wanted = {name: shape for name, shape in expected.shapes.items() if name not in expected.tied}
+    total = sum(_size(shape) for shape in wanted.values()) * target.itemsize
+    on_bytes(0, total)
+    for name, tensor in tensors:
+        if _ignorable(name, expected):
+            continue
+        _check(label, name, tensor, wanted)
+        writer.add(name, _cast(label, name, tensor, target))
+        on_bytes(writer.size_bytes, total)
+    missing = sorted(wanted.keys() - writer.names)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise source_invalid(label, f"has no tensor {missing[0]!r}{more}, which its configuration asks for")
+    return writer.finish()
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _ignorable(name: str, expected: Expected) -> bool:
+    # Rotary tables are computed from the configuration; old checkpoints carry them along.
+    return name in expected.tied or name.endswith("rotary_emb.inv_freq")
+
+
+def _check(label: str, name: str, tensor: torch.Tensor, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    if name not in wanted:
+        raise source_invalid(label, f"has a tensor {name!r} that its configuration knows nothing of")
+    if tuple(tensor.shape) != wanted[name]:
+        shape, other = list(tensor.shape), list(wanted[name])
+        raise source_invalid(label, f"tensor {name!r} has shape {shape}; its configuration makes it {other}")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise source_invalid(label, f"tensor {name!r} is {tensor.dtype}: import weights that are not quantised")
+
+
+def _cast(label: str, name: str, tensor: torch.Tensor, target: torch.dtype) -> torch.Tensor:
+    if target is torch.float16 and tensor.dtype is not torch.float16:
+        largest = float(tensor.abs().amax())
+        if largest > FLOAT16_MAX:
+            why = f"tensor {name!r} holds {largest:.4g}, more than float16 can; import it as bfloat16"
+            raise source_invalid(label, why)
+    return tensor.to(target)
+
+
+class SafetensorsFiles:
+    """The tensors of a folder's safetensors files, by name."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in self._files]
+            where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (no mapping)
+            for name in sorted(where):
+                yield name, where[name].get_tensor(name)

@@ -1,0 +1,71 @@
+"""The command lines of both kinds of engine, from the worker's settings and a model's version."""
+
+from __future__ import annotations
+
+from services.worker.adapters.process import ProcessLaunch
+from services.worker.engine.config import EngineConfig, encode_config
+from services.worker.front.ports import Launch, ModelVersion
+from services.worker.settings import WorkerSettings
+from services.worker.sim.config import SimConfig, encode_sim_config
+
+SIM_CONTEXT_LENGTH = 8192
+"""For a manifest that states none."""
+SIM_VOCAB_SIZE = 512
+
+
+class TorchEngines:
+    """Engines that run the model: `services.worker.engine`."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+
+    def launcher(self, version: ModelVersion) -> Launch:
+        """How to start this version's engine."""
+        s = self._settings
+
+        def argv(folder: str) -> list[str]:
+            config = EngineConfig(
+                model_dir=folder,
+                device=s.device,
+                dtype=s.dtype,
+                kv_cache_bytes=s.kv_cache_bytes,
+                sequences_max=s.sequences_max,
+                step_tokens_max=s.step_tokens_max,
+                block_tokens=s.block_tokens,
+                threads=s.threads,
+            )
+            return ["-m", "services.worker.engine", "--config", encode_config(config)]
+
+        return ProcessLaunch(version.name, argv)
+
+
+class SimEngines:
+    """Engines that only pretend: `services.worker.sim`."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+
+    def launcher(self, version: ModelVersion) -> Launch:
+        """How to start this version's engine; it reads no files."""
+        config = encode_sim_config(self.config(version))
+        return ProcessLaunch(version.name, lambda _: ["-m", "services.worker.sim", "--config", config])
+
+    def config(self, version: ModelVersion) -> SimConfig:
+        """As many blocks as `kv_cache_bytes` gives, or enough for every sequence's whole context."""
+        s = self._settings
+        context_length = version.context_length or SIM_CONTEXT_LENGTH
+        whole_contexts = s.sequences_max * (-(-context_length // s.block_tokens) + 1)
+        block_bytes = s.block_tokens * version.kv_bytes_per_token
+        blocks = s.kv_cache_bytes // block_bytes if s.kv_cache_bytes and block_bytes else whole_contexts
+        return SimConfig(
+            step_ms=s.sim_step_ms,
+            sequence_us=s.sim_sequence_us,
+            prefill_tokens_per_s=s.sim_prefill_tokens_per_s,
+            load_s=s.sim_load_s,
+            sequences_max=s.sequences_max,
+            step_tokens_max=s.step_tokens_max,
+            block_tokens=s.block_tokens,
+            total_blocks=max(1, blocks),
+            context_length=context_length,
+            vocab_size=version.vocab_size or SIM_VOCAB_SIZE,
+        )

@@ -1,0 +1,161 @@
+"""One engine process: started by exec with a socket, watched until it is gone, never forked from gRPC.
+
+The socket's end and the process's end are noticed apart: an engine that closed its socket but lives on
+is killed after `LINGER_S`, and one that died while a child of its own holds the socket is still buried.
+What it writes to standard output and error goes to this process's log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import IO
+
+import msgspec
+
+from services.worker.front.ports import EngineLink
+from services.worker.protocol import Command, Event, FrameReader, Submit, decode_event, encode
+from tokenloom.kit.logs import get_logger
+
+LINGER_S = 1.0
+OUTBOX_BYTES_MAX = 64 * 1024 * 1024
+"""Unsent commands beyond which no sequence is submitted any more."""
+LINE_CHARS_MAX = 4096
+SOCKET_BYTES = 1024 * 1024
+
+log = get_logger(__name__)
+
+
+class ProcessLaunch:
+    """Starts engines of one model; `argv` makes the command line, without `--fd N`, from a folder."""
+
+    def __init__(self, model: str, argv: Callable[[str], Sequence[str]]) -> None:
+        self._model = model
+        self._argv = argv
+
+    async def __call__(self, folder: str, on_event: Callable[[Event], None]) -> EngineLink:
+        """Raises OSError when no process can be started."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        try:
+            with theirs:
+                process = _spawn([*self._argv(folder), "--fd", str(theirs.fileno())], theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
+        link = _EngineProcess(self._model, process, on_event)
+        try:
+            await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
+        except BaseException:
+            link.kill()
+            raise
+        return link
+
+
+def _spawn(argv: Sequence[str], fd: int) -> subprocess.Popen[bytes]:
+    """A few milliseconds on the event loop: an await here could leave a process without an owner."""
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, *argv],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=(fd,),
+        # Its own group: Ctrl-C in a terminal must not kill engines that are to drain.
+        process_group=0,
+    )
+
+
+class _EngineProcess(asyncio.Protocol):
+    """The `EngineLink` of one process."""
+
+    def __init__(
+        self, model: str, process: subprocess.Popen[bytes], on_event: Callable[[Event], None]
+    ) -> None:
+        self._model = model
+        self._process = process
+        self._on_event = on_event
+        self._reader = FrameReader()
+        self._transport: asyncio.Transport | None = None
+        self._cause = ""
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[str] = self._loop.create_future()
+        threading.Thread(target=self._wait, name=f"wait {model}", daemon=True).start()
+        assert process.stdout is not None
+        threading.Thread(target=self._pump, args=(process.stdout,), name=f"log {model}", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def send(self, command: Command) -> bool:
+        """Hand a command over at once. False when the engine no longer takes any."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return False
+        if isinstance(command, Submit) and transport.get_write_buffer_size() > OUTBOX_BYTES_MAX:
+            return False
+        transport.write(encode(command))
+        return True
+
+    def kill(self) -> None:
+        """End the process now. Harmless when it is gone."""
+        if self._transport is not None:
+            self._transport.abort()
+        if self._process.returncode is None:
+            self._process.kill()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for body in self._reader.feed(data):
+                self._on_event(decode_event(body))
+        except (ValueError, msgspec.MsgspecError) as error:
+            self._cause = f"it spoke another protocol: {error}"
+            self.kill()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self._loop.call_later(LINGER_S, self.kill)
+
+    def _wait(self) -> None:
+        status = self._process.wait()
+        self._from_thread(lambda: self._gone(status))
+
+    def _gone(self, status: int) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        if not self.ended.done():
+            self.ended.set_result(self._cause or _how(status))
+
+    def _pump(self, lines: IO[bytes]) -> None:
+        with lines:
+            while line := lines.readline(LINE_CHARS_MAX):
+                text = line.decode("utf-8", "replace").rstrip()
+                if text:
+                    log.info("engine says", model=self._model, pid=self._process.pid, line=text)
+
+    def _from_thread(self, callback: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            # The loop is closed: this worker is going away, and nobody waits for the engine any more.
+            return
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"

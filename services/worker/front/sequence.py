@@ -1,0 +1,160 @@
+"""One request as the front follows it: what it asked for, and tokens on their way to the caller.
+
+Tokens of steps that the caller has not read yet are joined, so what is kept is bounded by
+`max_new_tokens` however slow the caller is. It knows neither gRPC nor the engine's process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+from services.worker.protocol import Output, Submit, TokenLogprobs
+from tokenloom.kit.errors import CallError
+
+
+class Batch(NamedTuple):
+    """What one read of a sequence gives: the tokens of one or more steps."""
+
+    first: bool
+    """True for the first read that brings anything."""
+    index: int
+    """Position of tokens[0] in the whole output."""
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    final: Output | None
+    """The engine's last word, when the sequence ended well."""
+
+
+class Sequence:
+    """A sequence from its arrival to its end. `key` names it towards the engine."""
+
+    __slots__ = (
+        "_began",
+        "_error",
+        "_final",
+        "_index",
+        "_logprobs",
+        "_news",
+        "_tokens",
+        "arrival_ms",
+        "cached_prompt_tokens",
+        "first_ns",
+        "key",
+        "last_ns",
+        "leased",
+        "priority",
+        "prompt_tokens",
+        "received",
+        "received_ns",
+        "request_id",
+        "resumed_tokens",
+        "submit",
+        "submitted_ns",
+        "tenant",
+    )
+
+    def __init__(
+        self,
+        submit: Submit,
+        *,
+        request_id: str,
+        tenant: str,
+        leased: bool,
+        arrival_ms: int,
+        received_ns: int,
+    ) -> None:
+        self.key = submit.id
+        self.submit: Submit | None = submit
+        """What the engine is told; dropped once it was."""
+        self.request_id = request_id
+        self.tenant = tenant
+        self.leased = leased
+        self.priority = submit.priority
+        self.arrival_ms = arrival_ms
+        """At the gateway, where the caller said so; older requests go first."""
+        self.received_ns = received_ns
+        """When this worker got it; this and the next three are epoch nanoseconds, 0 until they happen."""
+        self.submitted_ns = 0
+        self.first_ns = 0
+        self.last_ns = 0
+        self.prompt_tokens = len(submit.prompt)
+        self.resumed_tokens = len(submit.output)
+        self.received = 0
+        """Tokens drawn here."""
+        self.cached_prompt_tokens = 0
+        self._began = False
+        self._tokens: list[int] = []
+        self._index = 0
+        self._logprobs: list[TokenLogprobs] = []
+        self._final: Output | None = None
+        self._error: CallError | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def length(self) -> int:
+        """Tokens that its KV cache holds, or soon will."""
+        return self.prompt_tokens + self.resumed_tokens + self.received
+
+    @property
+    def started(self) -> bool:
+        """True once a token came: from then on its blocks are in the engine's own count."""
+        return self.received > 0
+
+    @property
+    def completion_tokens(self) -> int:
+        """Output tokens in all, those of earlier workers included."""
+        return self.resumed_tokens + self.received
+
+    def push(self, output: Output, now_ns: int) -> None:
+        """Take one step's output; the list of tokens becomes ours."""
+        tokens = output.tokens
+        if tokens:
+            if not self.received:
+                self.first_ns = now_ns
+            self.last_ns = now_ns
+            self.received += len(tokens)
+            if self._tokens:
+                self._tokens.extend(tokens)
+            else:
+                self._tokens = tokens
+                self._index = output.index
+            if output.logprobs:
+                self._logprobs.extend(output.logprobs)
+        if output.cached_prompt_tokens > self.cached_prompt_tokens:
+            self.cached_prompt_tokens = output.cached_prompt_tokens
+        if output.finish:
+            self._final = output
+        self._news.set()
+
+    def fail(self, error: CallError) -> None:
+        """End it with an error, after the tokens that are already here. The first error counts."""
+        if self._error is None and self._final is None:
+            self._error = error
+            self._news.set()
+
+    def take(self) -> Batch | None:
+        """What came since the last read; None when nothing did. Raises the CallError that ended it."""
+        tokens = self._tokens
+        final = self._final
+        if not tokens and final is None:
+            if self._error is not None:
+                raise self._error
+            return None
+        batch = Batch(not self._began, self._index, tokens, self._logprobs, final)
+        self._began = True
+        self._tokens = []
+        self._logprobs = []
+        self._news.clear()
+        if self._error is not None:
+            self._news.set()
+        return batch
+
+    async def next(self) -> Batch:
+        """Wait for news and take them. Raises the CallError that ended the sequence."""
+        while True:
+            batch = self.take()
+            if batch is not None:
+                return batch
+            self._news.clear()
+            await self._news.wait()
