@@ -75,7 +75,9 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """Position of tokens[0] in the whole output, resumed tokens counted."""
     logprobs: list[TokenLogprobs] = []
     finish: str = ""
-    """"", "stop" or "length"."""
+    """"", "stop", "length", or "error" when the engine cannot run the sequence at all."""
+    error: str = ""
+    """Why, in one line, when `finish` is "error"."""
     stop_token_id: int = -1
     cached_prompt_tokens: int = 0
     computed_prompt_tokens: int = 0

@@ -140,4 +140,6 @@ def _whole(call: Call, name: str, default: int) -> int:
         return default
     if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 16:
         return int(text)
-    raise CallError("FIELD_INVALID", f"{name}: must be a whole number of milliseconds", metadata={"field": name})
+    raise CallError(
+        "FIELD_INVALID", f"{name}: must be a whole number of milliseconds", metadata={"field": name}
+    )

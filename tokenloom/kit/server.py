@@ -92,6 +92,9 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
                 ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
                 ("grpc.max_concurrent_streams", streams_max),
+                # Calls that arrived and wait for a handler: gRPC's own bound of 1,000 cancels some at random.
+                ("grpc.server.max_pending_requests", streams_max),
+                ("grpc.server.max_pending_requests_hard_limit", streams_max),
                 ("grpc.max_metadata_size", METADATA_BYTES_MAX),
                 ("grpc.so_reuseport", 0),
                 # Clients of the kit ping every 20 s, also without calls.

@@ -125,7 +125,7 @@ class Fleet:
         worker.draining = report.draining
         worker.reported_at = now
         worker.active = report.active_request_ids
-        newly_listed = self._settle_leases(worker)
+        self._settle_leases(worker)
         touched: set[str] = set()
         for model_report in report.models:
             load = worker.loads.get(model_report.version)
@@ -133,7 +133,7 @@ class Fleet:
                 pool = self.pool(model_report.version, now)
                 load = worker.loads[model_report.version] = Load(worker, pool, model_report)
                 pool.loads[worker.endpoint] = load
-            elif not (turned or newly_listed or worker.unlisted) and load.report == model_report:
+            elif load.report == model_report and not (turned or load.pending or worker.unlisted):
                 continue
             load.report = model_report
             self._deduct_again(load)
@@ -195,14 +195,12 @@ class Fleet:
         worker.leases += 1
         worker.unlisted[entry.ticket] = entry
 
-    def _settle_leases(self, worker: Worker) -> bool:
-        if not worker.unlisted:
-            return False
-        active = frozenset(worker.active)
-        listed = [t for t, entry in worker.unlisted.items() if entry.request.request_id in active]
-        for ticket in listed:
-            del worker.unlisted[ticket]
-        return bool(listed)
+    def _settle_leases(self, worker: Worker) -> None:
+        if worker.unlisted:
+            active = frozenset(worker.active)
+            for ticket, entry in list(worker.unlisted.items()):
+                if entry.request.request_id in active:
+                    del worker.unlisted[ticket]
 
     def _deduct_again(self, load: Load) -> None:
         load.clear_deductions()

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.gateway.core.refusal import Refusal
+from services.gateway.core.refusal import Refusal, Violation, invalid
+from tokenloom.contract.models import DEFAULT_ALIAS, ModelRef
 
-DEFAULT_ALIAS = "stable"
 NAMES_SHOWN_MAX = 20
 """Known models that an error message lists."""
 
@@ -77,6 +77,12 @@ class ModelEntry:
                 return self.versions[target.digest]
         return None
 
+    def representative(self) -> ModelVersion | None:
+        """What the bare name stands for, or else the first alias; None without any."""
+        aliases = sorted(self.aliases, key=lambda alias: (alias != DEFAULT_ALIAS, alias))
+        found = (self.by_alias(alias, 0.0) for alias in aliases)
+        return next((version for version in found if version is not None), None)
+
     def by_digest(self, prefix: str) -> list[ModelVersion]:
         """Every version whose digest begins like this."""
         return [version for digest, version in self.versions.items() if digest.startswith(prefix)]
@@ -88,28 +94,38 @@ class Catalogue:
 
     models: Mapping[str, ModelEntry]
 
-    def resolve(self, name: str, alias: str | None, digest_prefix: str | None, draw: float) -> ModelVersion:
-        """One version. Raises Refusal (MODEL_NOT_FOUND, or FIELD_INVALID for an ambiguous digest)."""
-        asked = f"{name}@{digest_prefix or alias}" if (digest_prefix or alias != DEFAULT_ALIAS) else name
-        entry = self.models.get(name)
+    def resolve(self, ref: ModelRef, draw: float) -> ModelVersion:
+        """One version; `draw` in [0, 1) chooses among an alias's targets.
+
+        Raises Refusal (MODEL_NOT_FOUND, or FIELD_INVALID for an ambiguous digest).
+        """
+        asked = ref.name if ref.alias == DEFAULT_ALIAS else str(ref)
+        entry = self.models.get(ref.name)
         if entry is None:
             raise self._not_found(asked)
-        if digest_prefix is None:
-            found = entry.by_alias(alias or DEFAULT_ALIAS, draw)
+        if ref.digest_prefix is None:
+            found = entry.by_alias(ref.alias or DEFAULT_ALIAS, draw)
             if found is None:
                 known = ", ".join(sorted(entry.aliases)) or "none"
-                raise self._not_found(asked, f"; aliases of {name}: {known}")
+                raise self._not_found(asked, f"; aliases of {ref.name}: {known}")
             return found
-        versions = entry.by_digest(digest_prefix)
+        versions = entry.by_digest(ref.digest_prefix)
         if not versions:
             raise self._not_found(asked)
         if len(versions) > 1:
-            raise Refusal(
-                "FIELD_INVALID",
-                f"model: {asked} means {len(versions)} versions: give more digits",
-                metadata={"field": "model"},
-            )
+            raise invalid([Violation("model", f"{asked} means {len(versions)} versions: give more digits")])
         return versions[0]
+
+    def in_use(self) -> list[ModelVersion]:
+        """Every version that an alias names."""
+        digests = {
+            target.digest: entry.versions[target.digest]
+            for entry in self.models.values()
+            for targets in entry.aliases.values()
+            for target in targets
+            if target.digest in entry.versions
+        }
+        return [*digests.values()]
 
     def names(self) -> list[str]:
         """Every string that callers may use without a digest, sorted."""

@@ -39,13 +39,15 @@ class Fields:
         value = self.raw(name)
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
             return value
-        return self._wrong(name, "must be a number", value)
+        self._wrong(name, "must be a number", value)
+        return None
 
     def integer(self, name: str) -> int | None:
         value = self.raw(name)
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
-        return self._wrong(name, "must be a whole number", value)
+        self._wrong(name, "must be a whole number", value)
+        return None
 
     def boolean(self, name: str, otherwise: bool = False) -> bool:
         value = self.raw(name)
@@ -60,7 +62,8 @@ class Fields:
         value = self.raw(name)
         if value is None or isinstance(value, str):
             return value
-        return self._wrong(name, "must be a string", value)
+        self._wrong(name, "must be a string", value)
+        return None
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         value = self.raw(name)

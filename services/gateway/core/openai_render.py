@@ -7,6 +7,7 @@ built for a token. Whole answers are dictionaries, for the door to encode.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
@@ -59,7 +60,7 @@ class Tally:
         }
 
 
-class Renderer:
+class Renderer(ABC):
     """One answer's shape; subclasses say how chat and text completions differ."""
 
     object_name: str
@@ -85,13 +86,12 @@ class Renderer:
     def chunk(self, event: Event) -> bytes:
         """One event as a server-sent chunk."""
         output = self._output(event.choice)
-        extra = (
-            b"" if event.end is None and not event.logprobs and not self._token_ids else self._extra(event)
-        )
+        plain = event.end is None and not event.logprobs and not self._token_ids
         text = encode_basestring(event.text).encode()
         body = self._body(output, text)
         output.begun = True
-        return b"".join((self._prefix, b"%d," % event.choice, body, extra or _UNFINISHED, self._suffix))
+        rest = _UNFINISHED if plain else self._extra(event)
+        return b"".join((self._prefix, b"%d," % event.choice, body, rest, self._suffix))
 
     def usage_chunk(self, tally: Tally) -> bytes:
         """The last chunk, when the caller asked for usage."""
@@ -146,14 +146,17 @@ class Renderer:
             choice["token_ids"] = output.ids
         return choice
 
+    @abstractmethod
     def _body(self, output: _Output, text: bytes) -> bytes:
-        raise AssertionError("a renderer says how its chunks hold text")
+        """The chunk's text member, of JSON text."""
 
+    @abstractmethod
     def _content(self, text: str) -> dict[str, object]:
-        raise AssertionError("a renderer says how its answers hold text")
+        """The answer's text member."""
 
+    @abstractmethod
     def _logprobs(self, output: _Output, event: Event) -> Mapping[str, list[object]]:
-        raise AssertionError("a renderer says how it writes log probabilities")
+        """In this endpoint's shape."""
 
     def _joined(self, parts: Sequence[Mapping[str, list[object]]]) -> dict[str, list[object]]:
         return {key: [item for part in parts for item in part[key]] for key in parts[0]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,9 +78,11 @@ class SequenceRequest:
 
 
 class WorkerStream(Protocol):
-    """One call at the mesh. Iterating raises CallError for every failure."""
+    """One call at the mesh."""
 
-    def __aiter__(self) -> AsyncIterator[WorkerMessage]: ...
+    async def read(self) -> WorkerMessage | None:
+        """The next message, or None at a good end. Raises CallError for every failure."""
+        ...
 
     def cancel(self) -> None:
         """Leave at once; nothing happens when the call has ended."""

@@ -9,6 +9,7 @@ that kills engines does not kill many.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ldexp
 
 from services.gateway.core.journal import Journal
 
@@ -68,7 +69,7 @@ class RetryPolicy:
         return reason in RESENT_REASONS
 
     def _backoff_s(self, failures: int, jitter: float) -> float:
-        doubled = self.backoff_initial_s * 2 ** min(failures - 1, BACKOFF_DOUBLINGS_MAX)
+        doubled = ldexp(self.backoff_initial_s, min(failures - 1, BACKOFF_DOUBLINGS_MAX))
         return min(self.backoff_max_s, doubled) * (0.5 + jitter / 2)
 
 

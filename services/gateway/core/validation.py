@@ -6,7 +6,7 @@ the violations. Knows nothing of where the request came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -64,8 +64,13 @@ def violations(request: GenerationRequest, limits: ModelLimits | None) -> list[V
     return found
 
 
-def check_prompt_bytes(prompt: Prompt, bytes_max: int) -> None:
-    """Raises Refusal when the prompt's text is longer than `bytes_max` in UTF-8."""
+def check_prompt_bytes(
+    prompt: Prompt, bytes_max: int, name_of: Callable[[str], str] = lambda field: field
+) -> None:
+    """Raises Refusal when the prompt's text is longer than `bytes_max` in UTF-8.
+
+    `name_of` turns the field's name into the door's.
+    """
     match prompt:
         case TextPrompt(text):
             field, size = "prompt", len(text.encode())
@@ -74,6 +79,7 @@ def check_prompt_bytes(prompt: Prompt, bytes_max: int) -> None:
         case TokenPrompt():
             return
     if size > bytes_max:
+        field = name_of(field)
         raise Refusal(
             "REQUEST_TOO_LARGE",
             f"{field}: {size} bytes of text; at most {bytes_max} are taken",

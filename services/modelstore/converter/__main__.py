@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from services.modelstore.core.conversion import decode_job, encode_event
 from services.modelstore.core.ports import ConversionJob, Converted, Progress
-from services.modelstore.core.refusal import Refused, source_invalid
+from services.modelstore.core.refusal import NO_SPACE, STORE_FULL, Refused, source_invalid
 
 PROGRESS_INTERVAL_S = 0.1
 CAUSE_CHARS_MAX = 300
@@ -58,16 +58,22 @@ def _convert(job: ConversionJob, reporter: _Reporter) -> Converted:
 
     try:
         return convert.run(job, reporter.progress)
-    except (OSError, MemoryError, Refused):
+    except Refused:
         raise
+    except MemoryError:
+        message = f"{job.label}: the converter ran out of memory"
+        raise Refused("MODEL_TOO_LARGE", message, needed_bytes="", available_bytes="") from None
     except Exception as error:
+        if NO_SPACE in str(error):
+            raise Refused("SERVICE_UNAVAILABLE", STORE_FULL, service="modelstore") from error
         # The libraries raise anything at all for a source that they cannot read; the cause is the source.
         cause = f"{type(error).__name__}: {error}".splitlines()[0][:CAUSE_CHARS_MAX]
         raise source_invalid(job.label, f"cannot be converted: {cause}") from error
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(4096):
+    # Below the buffered reader, whose lock a waiting thread would hold while the interpreter ends.
+    while os.read(0, 4096):
         pass
     os._exit(1)
 

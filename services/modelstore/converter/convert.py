@@ -17,14 +17,18 @@ from services.modelstore.converter.gguf_weights import GgufTensors
 from services.modelstore.converter.shards import ShardWriter
 from services.modelstore.core import facts
 from services.modelstore.core.folder_source import CONFIG
+from services.modelstore.core.gguf_source import GGUF_NAME
 from services.modelstore.core.manifest import Facts
 from services.modelstore.core.ports import ConversionJob, Converted
 from services.modelstore.core.support import check_config
 
-GGUF_NAME = "model.gguf"
-"""What the parent calls a GGUF file in the job's source folder."""
-
-_NOT_STORED = ("_name_or_path", "torch_dtype", "transformers_version", "quantization_config")
+_NOT_STORED = (
+    "_name_or_path",
+    "_model_name_or_path",
+    "torch_dtype",
+    "transformers_version",
+    "quantization_config",
+)
 
 
 def run(job: ConversionJob, on_bytes: weights.OnBytes) -> Converted:
@@ -46,6 +50,7 @@ def run(job: ConversionJob, on_bytes: weights.OnBytes) -> Converted:
     files = weights.write(job.label, _tensors(job, source, expected), expected, job.dtype, writer, on_bytes)
     files += text_files.write(text, output, stop_ids, resolved)
     text_files.write_json(output / CONFIG, stored)
+    weights.check_by_loading(job.label, output, expected, job.dtype)
     found = Facts(
         architecture=type(expected.model).__name__,
         model_type=str(resolved["model_type"]),

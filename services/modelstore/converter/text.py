@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers, processors
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from services.modelstore.core import facts
 from services.modelstore.core.folder_source import GENERATION_CONFIG, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
@@ -44,7 +44,7 @@ def from_folder(label: str, folder: Path) -> Text:
 
 def from_gguf(file: Path, split: str, add_bos: bool, end_ids: tuple[int, ...]) -> Text:
     """The tokenizer that a GGUF file's vocabulary describes."""
-    loaded = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    loaded = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer: Tokenizer = loaded.backend_tokenizer
     if split == "digits":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -60,7 +60,9 @@ def from_gguf(file: Path, split: str, add_bos: bool, end_ids: tuple[int, ...]) -
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     tokenizer.post_processor = _bos_processor(tokenizer, config["bos_token"] if add_bos else "")
-    return Text(tokenizer, tokenizer.to_str(pretty=True).encode(), config, {}, loaded.chat_template or "", end_ids)
+    return Text(
+        tokenizer, tokenizer.to_str(pretty=True).encode(), config, {}, loaded.chat_template or "", end_ids
+    )
 
 
 def _bos_processor(tokenizer: Tokenizer, bos: str) -> Any:
@@ -91,7 +93,9 @@ def write(text: Text, folder: Path, stop_ids: tuple[int, ...], config: Mapping[s
     tokenizer_config = {k: v for k, v in text.tokenizer_config.items() if k != "chat_template"}
     write_json(folder / TOKENIZER_CONFIG, tokenizer_config)
     generation = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
-    write_json(folder / GENERATION_CONFIG, {**generation, **text.generation_config, "eos_token_id": list(stop_ids)})
+    write_json(
+        folder / GENERATION_CONFIG, {**generation, **text.generation_config, "eos_token_id": list(stop_ids)}
+    )
     files = [TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG]
     if text.template:
         (folder / TEMPLATE).write_text(text.template)

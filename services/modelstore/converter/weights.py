@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from services.modelstore.converter.shards import ShardWriter
 from services.modelstore.core.refusal import source_invalid
+from services.modelstore.core.support import REARRANGED
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FLOAT16_MAX = 65_504.0
@@ -34,6 +35,8 @@ class Expected:
     shapes: Mapping[str, tuple[int, ...]]
     tied: frozenset[str]
     """Names that share another tensor and are not stored."""
+    by_name: bool
+    """Whether the stored tensors have these names and shapes; otherwise only loading them tells."""
 
 
 class Tensors(Protocol):
@@ -48,7 +51,7 @@ def expect(config: Any) -> Expected:
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = frozenset(model.all_tied_weights_keys)
-    return Expected(model, shapes, tied)
+    return Expected(model, shapes, tied, by_name=config.model_type not in REARRANGED)
 
 
 def write(
@@ -62,14 +65,32 @@ def write(
     for name, tensor in tensors:
         if _ignorable(name, expected):
             continue
-        _check(label, name, tensor, wanted)
+        _check_values(label, name, tensor)
+        if expected.by_name:
+            _check_place(label, name, tensor, wanted)
         writer.add(name, _cast(label, name, tensor, target))
         on_bytes(writer.size_bytes, total)
-    missing = sorted(wanted.keys() - writer.names)
+    if expected.by_name:
+        _check_complete(label, sorted(wanted.keys() - writer.names))
+    return writer.finish()
+
+
+def check_by_loading(label: str, folder: Path, expected: Expected, dtype: str) -> None:
+    """Load what was written, where names alone cannot tell. Takes the model's whole size in memory."""
+    if expected.by_name:
+        return
+    _, found = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], output_loading_info=True)
+    _check_complete(label, sorted(found["missing_keys"]))
+    if unknown := sorted(found["unexpected_keys"]):
+        raise source_invalid(label, f"has a tensor {unknown[0]!r} that its configuration knows nothing of")
+    if mismatched := sorted(str(key) for key in found["mismatched_keys"]):
+        raise source_invalid(label, f"tensor {mismatched[0]} has another shape than its configuration makes")
+
+
+def _check_complete(label: str, missing: list[str]) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise source_invalid(label, f"has no tensor {missing[0]!r}{more}, which its configuration asks for")
-    return writer.finish()
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -81,14 +102,19 @@ def _ignorable(name: str, expected: Expected) -> bool:
     return name in expected.tied or name.endswith("rotary_emb.inv_freq")
 
 
-def _check(label: str, name: str, tensor: torch.Tensor, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _check_place(label: str, name: str, tensor: torch.Tensor, wanted: Mapping[str, tuple[int, ...]]) -> None:
     if name not in wanted:
         raise source_invalid(label, f"has a tensor {name!r} that its configuration knows nothing of")
     if tuple(tensor.shape) != wanted[name]:
         shape, other = list(tensor.shape), list(wanted[name])
         raise source_invalid(label, f"tensor {name!r} has shape {shape}; its configuration makes it {other}")
+
+
+def _check_values(label: str, name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise source_invalid(label, f"tensor {name!r} is {tensor.dtype}: import weights that are not quantised")
+        raise source_invalid(
+            label, f"tensor {name!r} is {tensor.dtype}: import weights that are not quantised"
+        )
 
 
 def _cast(label: str, name: str, tensor: torch.Tensor, target: torch.dtype) -> torch.Tensor:

@@ -50,7 +50,9 @@ def read_shape(label: str, config: Mapping[str, Any]) -> Shape:
     hidden = _number(label, config, "hidden_size")
     kv_heads = _number(label, config, "num_key_value_heads", heads)
     if heads % kv_heads:
-        raise source_invalid(label, f"config.json: num_attention_heads {heads} is no multiple of {kv_heads} KV heads")
+        raise source_invalid(
+            label, f"config.json: num_attention_heads {heads} is no multiple of {kv_heads} KV heads"
+        )
     return Shape(
         context_length=_number(label, config, "max_position_embeddings", largest=CONTEXT_MAX),
         vocab_size=_number(label, config, "vocab_size"),
@@ -67,7 +69,9 @@ def _number(
     if value is None and default is not None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-        raise source_invalid(label, f"config.json: {key} is {value!r}; it must be a whole number, 1 to {largest}")
+        raise source_invalid(
+            label, f"config.json: {key} is {value!r}; it must be a whole number, 1 to {largest}"
+        )
     return value
 
 
@@ -88,7 +92,10 @@ class TokenizerFacts:
 
 
 def stop_token_ids(
-    config: Mapping[str, Any], generation_config: Mapping[str, Any], tokenizer: TokenizerFacts, vocab_size: int
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+    tokenizer: TokenizerFacts,
+    vocab_size: int,
 ) -> tuple[int, ...]:
     """Every token that ends a generation, in order.
 

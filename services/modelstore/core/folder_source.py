@@ -54,7 +54,7 @@ def inspect(label: str, sizes: Mapping[str, int], small: Mapping[str, bytes]) ->
     if GENERATION_CONFIG in sizes:
         read_json(label, GENERATION_CONFIG, small)
     weights = _weights(label, sizes, small)
-    others = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, TEMPLATE, README)
+    others = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, TEMPLATE)
     used = tuple(sorted({*weights, *(name for name in others if name in sizes)}))
     return FolderPlan(weights, used, read_license(small.get(README, b"")))
 
@@ -78,11 +78,15 @@ def _weights(label: str, sizes: Mapping[str, int], small: Mapping[str, bytes]) -
         names = sorted({str(name) for name in mapping.values()})
         missing = [name for name in names if name not in sizes]
         if missing:
-            raise source_invalid(label, f"{INDEX} names {missing[0]}, which is missing; fetch the folder again")
+            raise source_invalid(
+                label, f"{INDEX} names {missing[0]}, which is missing; fetch the folder again"
+            )
         return tuple(names)
     found = tuple(sorted(name for name in sizes if name.endswith(".safetensors")))
     if len(found) > 1:
-        raise source_invalid(label, f"has {len(found)} safetensors files and no {INDEX}; fetch the folder again")
+        raise source_invalid(
+            label, f"has {len(found)} safetensors files and no {INDEX}; fetch the folder again"
+        )
     if not found:
         raise source_invalid(label, _weights_cause(sizes))
     return found
@@ -127,7 +131,9 @@ def check_safetensors(label: str, name: str, head: bytes, size_bytes: int) -> in
         raise source_invalid(label, f"{broken}it has {size_bytes} bytes; fetch it again")
     length = int.from_bytes(head[:8], "little")
     if length > size_bytes - 8:
-        raise source_invalid(label, f"{broken}its header needs {length} bytes, the file has {size_bytes}; fetch it again")
+        raise source_invalid(
+            label, f"{broken}its header needs {length} bytes, the file has {size_bytes}; fetch it again"
+        )
     try:
         header = json.loads(head[8 : 8 + length])
         ends = [int(t["data_offsets"][1]) for key, t in header.items() if key != "__metadata__"]
@@ -135,13 +141,19 @@ def check_safetensors(label: str, name: str, head: bytes, size_bytes: int) -> in
         raise source_invalid(label, f"{broken}its header is not readable ({error})") from None
     needed = 8 + length + max(ends, default=0)
     if needed != size_bytes:
-        raise source_invalid(label, f"{broken}its tensors need {needed} bytes, the file has {size_bytes}; fetch it again")
+        raise source_invalid(
+            label, f"{broken}its tensors need {needed} bytes, the file has {size_bytes}; fetch it again"
+        )
     return len(ends)
 
 
 def refuse_unknown_file(label: str, head: bytes) -> Refused:
     """Why a single file that is no GGUF file is not imported."""
     if head[:2] in (b"PK", b"\x80\x02"):
-        cause = "is a PyTorch checkpoint or another pickle, which runs code when it is read and is never loaded"
+        cause = (
+            "is a PyTorch checkpoint or another pickle, which runs code when it is read and is never loaded"
+        )
         return source_invalid(label, f"{cause}; import a folder with safetensors or a GGUF file")
-    return source_invalid(label, f"begins with {head[:4]!r}, not with b'GGUF': give a GGUF file or a Hugging Face folder")
+    return source_invalid(
+        label, f"begins with {head[:4]!r}, not with b'GGUF': give a GGUF file or a Hugging Face folder"
+    )

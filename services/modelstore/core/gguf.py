@@ -13,11 +13,25 @@ from math import prod
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+HEAD_BYTES_MAX = 64 * 1024 * 1024
+"""How much of a file is read for its head: vocabulary, merges and tensor table."""
 ENTRIES_MAX = 1 << 20
 DIMENSIONS_MAX = 8
 DEFAULT_ALIGNMENT = 32
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _STRING, _ARRAY = 8, 9
 
 
@@ -171,7 +185,9 @@ def data_end(header: Header, block_sizes: Mapping[int, tuple[int, int]]) -> tupl
             raise GgufError(f"tensor {tensor.name!r} has the unknown type {tensor.type_id}")
         elements, size = block_sizes[tensor.type_id]
         if not tensor.shape or tensor.shape[0] % elements:
-            raise GgufError(f"tensor {tensor.name!r} of shape {list(tensor.shape)} is no whole number of blocks")
+            raise GgufError(
+                f"tensor {tensor.name!r} of shape {list(tensor.shape)} is no whole number of blocks"
+            )
         tensor_end = header.data_start + tensor.offset + tensor.elements // elements * size
         if tensor_end > end:
             end, last = tensor_end, tensor.name

@@ -10,7 +10,10 @@ from services.modelstore.core.gguf import Counted, GgufError, Header, data_end, 
 from services.modelstore.core.refusal import Refused, source_invalid, unsupported
 from services.modelstore.core.support import check_gguf_architecture
 
+GGUF_NAME = "model.gguf"
+"""What a GGUF file is called in a conversion's source folder."""
 REFETCH = "fetch the file again"
+USE_FOLDER = "import the model's Hugging Face folder"
 
 PRE_TOKENIZERS: Mapping[str, str] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "tekken"), "known"),
@@ -37,7 +40,11 @@ class GgufPlan:
 
 
 def inspect(
-    label: str, head: bytes, size_bytes: int, block_sizes: Mapping[int, tuple[int, int]], type_names: Mapping[int, str]
+    label: str,
+    head: bytes,
+    size_bytes: int,
+    block_sizes: Mapping[int, tuple[int, int]],
+    type_names: Mapping[int, str],
 ) -> GgufPlan:
     """Accept a file by its head, or raise Refused: SOURCE_INVALID or MODEL_UNSUPPORTED.
 
@@ -90,7 +97,7 @@ def _check_positions(label: str, header: Header, architecture: str) -> None:
     elif header.number(f"{architecture}.expert_count"):
         cause = "it is a mixture of experts"
     if cause:
-        why = f"{cause}, which the conversion from GGUF does not carry; import the model's Hugging Face folder"
+        why = f"{cause}, which the conversion from GGUF does not carry; {USE_FOLDER}"
         raise unsupported(label, f"GGUF architecture {architecture!r}", why)
 
 
@@ -102,21 +109,12 @@ def _check_tokenizer(label: str, header: Header) -> str:
     if model == "llama":
         return ""
     if model != "gpt2":
-        raise Refused(
-            "MODEL_UNSUPPORTED",
-            f"{label}: tokenizer.ggml.model {model!r} is not converted; import the model's Hugging Face folder",
-            architecture="tokenizer",
-            cause=f"tokenizer.ggml.model {model!r}",
-        )
+        cause = f"tokenizer.ggml.model {model!r} is not converted; {USE_FOLDER}"
+        raise Refused("MODEL_UNSUPPORTED", f"{label}: {cause}", architecture="tokenizer", cause=cause)
     split = header.text("tokenizer.ggml.pre")
     if split not in PRE_TOKENIZERS:
-        cause = f"tokenizer.ggml.pre {split!r} splits text in a way that is not known here"
-        raise Refused(
-            "MODEL_UNSUPPORTED",
-            f"{label}: {cause}; import the model's Hugging Face folder",
-            architecture="tokenizer",
-            cause=cause,
-        )
+        cause = f"tokenizer.ggml.pre {split!r} splits text in a way that is not known here; {USE_FOLDER}"
+        raise Refused("MODEL_UNSUPPORTED", f"{label}: {cause}", architecture="tokenizer", cause=cause)
     return PRE_TOKENIZERS[split]
 
 

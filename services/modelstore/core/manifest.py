@@ -157,7 +157,9 @@ def parse_manifest(data: bytes, digest: str) -> Manifest:
     try:
         value = json.loads(data)
         if value["schema"] != SCHEMA:
-            raise ManifestError(f"manifest {digest} has schema {value['schema']}; this version reads {SCHEMA}")
+            raise ManifestError(
+                f"manifest {digest} has schema {value['schema']}; this version reads {SCHEMA}"
+            )
         files = [File(f["path"], f["digest"], int(f["size_bytes"])) for f in value["files"]]
         return make_manifest(value["name"], Facts.from_json(value), files, value["provenance"])
     except (KeyError, TypeError, ValueError) as error:

@@ -93,6 +93,10 @@ class Sources(Protocol):
         """`sha256:…` of the file."""
         ...
 
+    def changed(self, file: SourceFile) -> bool:
+        """Whether the file is no longer the one that `open` saw."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:

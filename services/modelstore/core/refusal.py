@@ -6,6 +6,10 @@ what status they travel as is none of its business.
 
 from __future__ import annotations
 
+NO_SPACE = "No space left on device"
+"""What every layer below says, in an error of its own kind, when a volume is full."""
+STORE_FULL = "the store has no space left: free some or give it a larger volume"
+
 
 class Refused(Exception):
     """A caller's or a source's mistake. The message names the file or field, and the cure."""

@@ -11,6 +11,7 @@ from tokenloom.contract.models import check_name
 
 ALIASES_MAX = 16
 SOURCE_CHARS_MAX = 4096
+SOURCES = "the path of a GGUF file or of a Hugging Face folder, or builtin:sim"
 DEFAULT_DTYPE = "bfloat16"
 
 Violations = list[tuple[str, str]]
@@ -29,8 +30,12 @@ class ImportRequest:
 def check_import(request: ImportRequest) -> Violations:
     """(field, what is wrong and the cure) for each problem."""
     problems: Violations = []
-    if not request.source or len(request.source) > SOURCE_CHARS_MAX or "\0" in request.source:
-        problems.append(("source", "give the path of a GGUF file or of a Hugging Face folder, or builtin:sim"))
+    if "://" in request.source:
+        problems.append(("source", f"URLs are not read: fetch it and give {SOURCES}"))
+    elif not request.source or len(request.source) > SOURCE_CHARS_MAX or "\0" in request.source:
+        problems.append(
+            ("source", "give the path of a GGUF file or of a Hugging Face folder, or builtin:sim")
+        )
     problems += _name_problem("name", request.name)
     if request.dtype not in DTYPE_BYTES:
         problems.append(("dtype", f"{request.dtype[:40]!r} is none of {', '.join(DTYPE_BYTES)}"))

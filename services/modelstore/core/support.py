@@ -1,9 +1,9 @@
-"""Which models are served: those whose engine run is exact, by name; everything else is refused with its cause.
+"""Which models are served: those whose run is exact, by name; everything else is refused with its cause.
 
 The engine flattens a batch into one row and attends through its own paged cache. That is exact for
 decoders whose layers are all attention, with rotary positions of fixed frequency and an attention that
-needs only scaling, causality and a sliding window. A model outside of that would not fail: it would
-answer wrongly. So a family is served only when it stands in `FAMILIES`.
+needs only scaling, causality, a sliding window and softcapping. A model outside of that would not fail:
+it would answer wrongly. So a family is served only when it stands in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from typing import Any
 from services.modelstore.core.refusal import Refused, unsupported
 
 FAMILIES: Mapping[str, str] = {
-    "arcee": "ArceeForCausalLM",
     "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "granite": "GraniteForCausalLM",
-    "helium": "HeliumForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
-    "olmo": "OlmoForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-    "seed_oss": "SeedOssForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
 }
 """transformers' model_type -> the one class of it that is served."""
+
+REARRANGED = frozenset({"mixtral", "qwen3_moe"})
+"""Families whose tensors transformers stores under other names and shapes than it computes with."""
 
 GGUF_FAMILIES: Mapping[str, str] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """GGUF's general.architecture -> model_type, where the conversion loses nothing."""
@@ -40,8 +42,7 @@ ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 _RECURRENT = "its layers are recurrent, so sequences in one flattened batch would mix"
 _HYBRID = "some of its layers are recurrent or convolutional, so sequences in one flattened batch would mix"
-_EXPERTS = "it is a mixture of experts, which the engine does not run"
-_SOFTCAP = "its attention caps its scores (softcapping), which the engine does not do"
+_EXPERTS = "its mixture of experts was not checked; of those only mixtral and qwen3_moe are served"
 _POSITIONS = "its positions are not rotary with fixed frequencies"
 _SINKS = "its attention has sinks, which the engine does not have"
 _LATENT = "its attention is latent (MLA), which the engine's cache does not hold"
@@ -57,18 +58,31 @@ def _each(cause: str, names: str) -> dict[str, str]:
 CAUSES: Mapping[str, str] = {
     **_each(_RECURRENT, "mamba mamba2 falcon_mamba rwkv recurrent_gemma xlstm"),
     **_each(_HYBRID, "jamba bamba zamba zamba2 falcon_h1 nemotron_h granitemoehybrid lfm2 lfm2_moe lfm3"),
-    **_each(_HYBRID, "qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text minimax kimi_linear olmo_hybrid"),
-    **_each(_EXPERTS, "mixtral qwen2_moe qwen3_moe olmoe granitemoe granitemoeshared phimoe dbrx jetmoe dots1"),
+    **_each(
+        _HYBRID,
+        "qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text minimax kimi_linear olmo_hybrid",
+    ),
+    **_each(_EXPERTS, "qwen2_moe olmoe granitemoe granitemoeshared phimoe dbrx jetmoe dots1"),
     **_each(_EXPERTS, "glm4_moe ernie4_5_moe llama4 llama4_text minimax_m2 hunyuan_v1_moe flex_olmo"),
-    **_each(_SOFTCAP, "gemma2 vaultgemma"),
     **_each(_SINKS, "gpt_oss"),
     **_each(_LATENT, "deepseek_v2 deepseek_v3 deepseek_v32 minicpm3 youtu"),
-    **_each(_POSITIONS, "gpt2 gpt_neo gptj codegen opt bloom mpt gpt_bigcode xglm biogpt openai-gpt ctrl falcon"),
-    **_each(_ENCODER_DECODER, "t5 mt5 umt5 longt5 t5gemma bart mbart pegasus marian m2m_100 whisper led prophetnet"),
-    **_each(_ENCODER, "bert roberta xlm-roberta distilbert albert electra deberta deberta-v2 mpnet modernbert"),
+    **_each(
+        _POSITIONS, "gpt2 gpt_neo gptj codegen opt bloom mpt gpt_bigcode xglm biogpt openai-gpt ctrl falcon"
+    ),
+    **_each(
+        _ENCODER_DECODER,
+        "t5 mt5 umt5 longt5 t5gemma bart mbart pegasus marian m2m_100 whisper led prophetnet",
+    ),
+    **_each(
+        _ENCODER, "bert roberta xlm-roberta distilbert albert electra deberta deberta-v2 mpnet modernbert"
+    ),
     **_each(_ENCODER, "nomic_bert eurobert camembert layoutlm vit clip siglip"),
-    **_each(_MULTIMODAL, "llava llava_next mistral3 pixtral gemma3 gemma3n gemma4 qwen2_vl qwen2_5_vl qwen3_vl"),
-    **_each(_MULTIMODAL, "paligemma idefics2 idefics3 smolvlm mllama internvl phi4_multimodal qwen2_audio voxtral"),
+    **_each(
+        _MULTIMODAL, "llava llava_next mistral3 pixtral gemma3 gemma3n gemma4 qwen2_vl qwen2_5_vl qwen3_vl"
+    ),
+    **_each(
+        _MULTIMODAL, "paligemma idefics2 idefics3 smolvlm mllama internvl phi4_multimodal qwen2_audio voxtral"
+    ),
 }
 """transformers' model_type -> why it is refused, where more can be said than that it is unknown."""
 
@@ -99,8 +113,8 @@ def check_gguf_architecture(label: str, architecture: str) -> str:
 def _why_not(config: Mapping[str, Any], model_type: str, architecture: str) -> str:
     if config.get("auto_map"):
         return (
-            "config.json has an auto_map: the model brings code of its own (trust_remote_code), which is never "
-            "run; remove auto_map if transformers' own implementation is meant"
+            "config.json has an auto_map: the model brings code of its own (trust_remote_code), which is "
+            "never run; remove auto_map if transformers' own implementation is meant"
         )
     if config.get("is_encoder_decoder"):
         return _ENCODER_DECODER
@@ -140,7 +154,8 @@ def _layer_problem(config: Mapping[str, Any]) -> str:
     layers = config.get("layer_types")
     others = {str(layer) for layer in layers} - ATTENTION_LAYERS if isinstance(layers, list) else set()
     if others:
-        return f"it has layers of type {', '.join(sorted(others))}; the engine runs {', '.join(sorted(ATTENTION_LAYERS))}"
+        known = ", ".join(sorted(ATTENTION_LAYERS))
+        return f"it has layers of type {', '.join(sorted(others))}; the engine runs {known}"
     return ""
 
 
@@ -148,7 +163,7 @@ def check_tokenizer_config(label: str, config: Mapping[str, Any]) -> None:
     """Raises Refused when the tokenizer wants code of its own."""
     if config.get("auto_map"):
         cause = (
-            "tokenizer_config.json has an auto_map: its tokenizer is code (trust_remote_code), which is never run; "
-            "save it as tokenizer.json"
+            "tokenizer_config.json has an auto_map: its tokenizer is code (trust_remote_code), which is "
+            "never run; save it as tokenizer.json"
         )
         raise Refused("MODEL_UNSUPPORTED", f"{label}: {cause}", architecture="tokenizer", cause=cause)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import IO
+from typing import IO, cast
 
 import msgspec
 
@@ -60,7 +60,7 @@ class ProcessLaunch:
 
 def _spawn(argv: Sequence[str], fd: int) -> subprocess.Popen[bytes]:
     """A few milliseconds on the event loop: an await here could leave a process without an owner."""
-    return subprocess.Popen(  # noqa: S603
+    return subprocess.Popen(
         [sys.executable, *argv],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -112,8 +112,8 @@ class _EngineProcess(asyncio.Protocol):
             self._process.kill()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports do not derive from asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         try:

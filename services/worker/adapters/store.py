@@ -14,6 +14,7 @@ from tokenloom.kit.errors import from_rpc_error
 ASK_TIMEOUT_S = 10.0
 """For one small question."""
 
+
 class GrpcModelStore:
     """A client of `loom.modelstore.v1.ModelStoreService`."""
 

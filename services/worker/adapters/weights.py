@@ -189,7 +189,8 @@ def _check(version: ModelVersion) -> None:
             raise _load_failed(file, f"{file.digest[:80]!r} is no sha256 digest")
     for file in version.files:
         path = PurePosixPath(file.path)
-        if not file.path or path.is_absolute() or ".." in path.parts or "\0" in file.path or "\\" in file.path:
+        odd = path.is_absolute() or not path.parts or ".." in path.parts
+        if odd or "\0" in file.path or "\\" in file.path:
             raise _load_failed(file, f"{file.path[:80]!r} is no relative path")
 
 

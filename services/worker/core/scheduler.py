@@ -146,8 +146,8 @@ class Scheduler:
             if budget and sequence.pending > 1:
                 chunks.append(_chunk(sequence, budget))
                 budget -= chunks[-1].count
-        while budget and not preempted and (sequence := self._admit(now_ns)) is not None:
-            chunks.append(_chunk(sequence, budget))
+        while budget and not preempted and (admitted := self._admit(now_ns)) is not None:
+            chunks.append(_chunk(admitted, budget))
             budget -= chunks[-1].count
         return Plan(chunks, decodes, self.limits.step_tokens_max - budget)
 

@@ -58,6 +58,16 @@ class Admission:
         """Sequences that wait here."""
         return len(self._queue)
 
+    @property
+    def running(self) -> int:
+        """Sequences in the engine's batch, as far as it said."""
+        return min(self._load.running, len(self._active))
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that are here or in the engine, and not in its batch yet."""
+        return len(self._active) - self.running + len(self._queue)
+
     def open(self, ready: Ready) -> list[Sequence]:
         """The engine can serve: everyone who may start now."""
         self._ready = ready

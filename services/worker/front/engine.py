@@ -15,11 +15,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from services.worker.front.admission import Admission, Offer
-from services.worker.front.pace import Pace
 from services.worker.front.ports import EngineLink, Launch
 from services.worker.front.sequence import Sequence
+from services.worker.front.tally import Tally
 from services.worker.protocol import Cancel, Event, Failed, Progress, Ready, Shutdown, Step
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import REASONS, CallError
@@ -28,6 +29,8 @@ from tokenloom.kit.logs import get_logger
 STOP_GRACE_S = 5.0
 """From `Shutdown` until the process is killed."""
 BACKOFF_FIRST_S = 0.1
+LOOK_EVERY_S = 1.0
+"""Between two looks at whether the process is overdue."""
 STEADY_S = 30.0
 """A life of this length clears the record of earlier deaths."""
 PERMANENT = frozenset({"MODEL_UNSUPPORTED", "MODEL_TOO_LARGE", "FIELD_INVALID", "SOURCE_INVALID"})
@@ -76,7 +79,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.admission = admission
-        self.pace = Pace()
+        self.tally = Tally()
         self.state = EngineState.LOADING
         self.ready: Ready | None = None
         """What the engine said about itself when it last became ready."""
@@ -88,6 +91,7 @@ class Engine:
         self._clock = clock
         self._bounds = bounds
         self._changed = changed
+        self._moved = asyncio.Event()
         self._link: EngineLink | None = None
         self._failed: Failed | None = None
         self._heard_s = 0.0
@@ -113,6 +117,12 @@ class Engine:
         self.state = EngineState.STOPPED
         self._settled.set()
 
+    async def idle(self) -> None:
+        """Return when no sequence is held or queued."""
+        while self.admission.active or self.admission.queued:
+            self._moved.clear()
+            await self._moved.wait()
+
     def submit(self, sequence: Sequence) -> Offer:
         """Start a sequence, queue it, or say that it does not fit."""
         offer = self.admission.offer(sequence)
@@ -120,7 +130,7 @@ class Engine:
             self.admission.leave(sequence.key)
             return Offer.FULL
         if offer is not Offer.FULL:
-            self._changed()
+            self._note()
         return offer
 
     def cancel(self, sequence: Sequence) -> None:
@@ -128,6 +138,10 @@ class Engine:
         if self.admission.leave(sequence.key) and self._link is not None:
             self._link.send(Cancel(sequence.key))
         self._admit(self.admission.admit())
+        self._note()
+
+    def _note(self) -> None:
+        self._moved.set()
         self._changed()
 
     def _send(self, sequence: Sequence) -> bool:
@@ -152,38 +166,42 @@ class Engine:
             self.ready, self.state, self.progress, self.error = event, EngineState.READY, 1.0, None
             self._settled.set()
             self._admit(self.admission.open(event))
-            self._changed()
+            self._note()
         elif isinstance(event, Progress):
             self.progress = min(max(event.fraction, 0.0), 1.0)
-            self._changed()
+            self._note()
         else:
             self._failed = event
 
     def _on_step(self, step: Step) -> None:
         now_ns = self._clock.unix_ns()
         active = self.admission.active
-        ended = continued = 0
+        ended = continued = tokens = 0
         for output in step.outputs:
             sequence = active.get(output.id)
             if sequence is None:
                 continue
-            if sequence.received:
-                continued += 1
             if output.finish:
                 del active[output.id]
                 ended += 1
                 if output.finish == "error":
-                    sequence.fail(self._overrun(sequence))
+                    sequence.fail(self._given_up(sequence, output.error))
                     continue
-            sequence.push(output, now_ns)
-        self.pace.step(continued, now_ns)
+            tokens += len(output.tokens)
+            if sequence.received:
+                continued += 1
+                sequence.push(output, now_ns)
+            else:
+                sequence.push(output, now_ns)
+                self.tally.began(sequence)
+        self.tally.step(tokens, continued, now_ns)
         admission = self.admission
         waited = admission.load.waiting
         admission.settle(step.load)
         if admission.queued:
             self._admit(admission.admit())
         if ended or waited != step.load.waiting:
-            self._changed()
+            self._note()
 
     async def _supervise(self, folder: str) -> None:
         deaths = 0
@@ -204,7 +222,7 @@ class Engine:
     async def _live(self, folder: str) -> tuple[str, bool]:
         """One process from start to end: how it ended, and whether it ever was ready."""
         self.state, self._failed, self.progress = EngineState.LOADING, None, 0.0
-        self._changed()
+        self._note()
         try:
             link = await self._launch(folder, self._on_event)
         except OSError as error:
@@ -213,10 +231,11 @@ class Engine:
         log.info("engine started", model=self.model, pid=link.pid)
         started_s = self._heard_s = self._clock.monotonic()
         stopping = asyncio.create_task(self._stopping.wait())
+        either: set[asyncio.Future[Any]] = {link.ended, stopping}
         try:
             overdue = ""
             while not link.ended.done() and not self._stopping.is_set():
-                await asyncio.wait({link.ended, stopping}, timeout=1.0, return_when="FIRST_COMPLETED")
+                await asyncio.wait(either, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
                 if not link.ended.done() and (overdue := self._overdue(started_s)):
                     link.kill()
             if not link.ended.done():
@@ -245,7 +264,7 @@ class Engine:
         self.progress = 0.0
         for sequence in held + waiting:
             sequence.fail(self._restarted(cause))
-        self._changed()
+        self._note()
 
     def _gives_up(self, was_ready: bool, deaths: int, cause: str) -> bool:
         if was_ready:
@@ -262,7 +281,7 @@ class Engine:
         self.state = EngineState.FAILED
         log.error("model failed", model=self.model, reason=self.error.reason, error=str(self.error))
         self._settled.set()
-        self._changed()
+        self._note()
         return True
 
     async def _stopped_within(self, seconds: float) -> None:
@@ -275,8 +294,10 @@ class Engine:
         message = f"the engine of {self.model} ended ({cause}); the same request may be sent again"
         return CallError("ENGINE_RESTARTED", message, metadata={"worker": self._worker, "cause": cause})
 
-    def _overrun(self, sequence: Sequence) -> CallError:
+    def _given_up(self, sequence: Sequence, why: str) -> CallError:
+        """The engine would not run a sequence that was sent to it."""
+        why = why or "the engine cannot hold it"
         if sequence.started:
-            return self._restarted("the engine gave the sequence up")
-        message = f"the engine of {self.model} cannot hold another sequence"
+            return self._restarted(why)
+        message = f"the engine of {self.model} did not take the sequence: {why}"
         return CallError("WORKER_FULL", message, metadata={"worker": self._worker})

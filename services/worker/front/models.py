@@ -17,8 +17,6 @@ from tokenloom.kit.errors import CallError
 from tokenloom.kit.logs import get_logger
 
 RESOLVE_BACKOFF_FIRST_S = 0.1
-UNLOAD_POLL_S = 0.02
-"""Between two looks at whether the last sequence ended."""
 
 log = get_logger(__name__)
 
@@ -177,7 +175,9 @@ class Models:
                 self._ensure(await self._store.resolve(entry))
             except CallError as error:
                 if self._wanted[entry] != error.message:
-                    log.warning("model not to be had yet", model=entry, reason=error.reason, why=error.message)
+                    log.warning(
+                        "model not to be had yet", model=entry, reason=error.reason, why=error.message
+                    )
                 self._wanted[entry] = error.message
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, self._resolve_backoff_max_s)
@@ -216,7 +216,8 @@ class Models:
             log.info("model ready", model=version.name, version=version.digest)
         except CallError as error:
             resident.failure = error
-            log.error("model failed", model=version.name, reason=error.reason, error=error.message)
+            if resident.fetching:
+                log.error("model failed", model=version.name, reason=error.reason, error=error.message)
         except OSError as error:
             why = f"cannot keep the files of {version.name}: {error}"
             resident.failure = CallError("MODEL_LOAD_FAILED", why, metadata={"model": version.name})
@@ -231,8 +232,7 @@ class Models:
     async def _unload(self, resident: Resident) -> None:
         if resident.loading is not None and not resident.settled.is_set():
             resident.loading.cancel()
-        while resident.engine.admission.active or resident.engine.admission.queued:
-            await asyncio.sleep(UNLOAD_POLL_S)
+        await resident.engine.idle()
         await resident.engine.stop()
         if self._residents.get(resident.version.digest) is resident:
             del self._residents[resident.version.digest]

@@ -71,7 +71,9 @@ def to_submit(request: pb.GenerateRequest, key: str, *, context_length: int, voc
     checks.need(request.max_new_tokens > 0, "max_new_tokens", "must be at least 1")
     if request.max_new_tokens:
         left = request.max_new_tokens - resumed
-        checks.need(left > 0, "output_token_ids", "already holds max_new_tokens tokens: nothing is left to do")
+        checks.need(
+            left > 0, "output_token_ids", "holds max_new_tokens tokens already: nothing is left to do"
+        )
     low = request.min_new_tokens <= request.max_new_tokens
     checks.need(low, "min_new_tokens", "must not be larger than max_new_tokens")
     stops = len(request.stop_token_ids)
@@ -137,9 +139,10 @@ def _check_context(request: pb.GenerateRequest, context_length: int) -> None:
 
 def _sampling(checks: Checks, request: pb.GenerateRequest, vocab_size: int) -> Sampling:
     params = request.sampling
+    given = {field.name for field, _ in params.ListFields()}
     values: dict[str, float] = {}
     for name, default, low, high, low_open in _FLOATS:
-        value = getattr(params, name) if params.HasField(name) else default
+        value = getattr(params, name) if name in given else default
         inside = math.isfinite(value) and low <= value <= high and not (low_open and value == low)
         bounds = f"must be in {'(' if low_open else '['}{low:g}, {high:g}], not {value:g}"
         checks.need(inside, f"sampling.{name}", bounds)
@@ -173,7 +176,7 @@ def to_response(batch: Batch, sequence: Sequence, endpoint: str) -> pb.GenerateR
         response.started.cached_prompt_tokens = sequence.cached_prompt_tokens
     if batch.tokens:
         tokens = response.tokens
-        tokens.index = batch.index
+        tokens.index = batch.start
         tokens.token_ids.extend(batch.tokens)
         for entry in batch.logprobs:
             tokens.logprobs.add(chosen=entry.chosen, top_token_ids=entry.top_ids, top=entry.top)

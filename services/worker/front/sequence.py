@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
     first: bool
     """True for the first read that brings anything."""
-    index: int
+    start: int
     """Position of tokens[0] in the whole output."""
     tokens: list[int]
     logprobs: list[TokenLogprobs]
@@ -33,16 +33,17 @@ class Sequence:
         "_began",
         "_error",
         "_final",
-        "_index",
         "_logprobs",
-        "_news",
+        "_start",
         "_tokens",
+        "_waiter",
         "arrival_ms",
         "cached_prompt_tokens",
         "first_ns",
         "key",
         "last_ns",
         "leased",
+        "max_new_tokens",
         "priority",
         "prompt_tokens",
         "received",
@@ -80,16 +81,18 @@ class Sequence:
         self.last_ns = 0
         self.prompt_tokens = len(submit.prompt)
         self.resumed_tokens = len(submit.output)
+        self.max_new_tokens = submit.max_new_tokens
         self.received = 0
         """Tokens drawn here."""
         self.cached_prompt_tokens = 0
         self._began = False
         self._tokens: list[int] = []
-        self._index = 0
+        self._start = 0
         self._logprobs: list[TokenLogprobs] = []
         self._final: Output | None = None
         self._error: CallError | None = None
-        self._news = asyncio.Event()
+        # A bare future: an asyncio.Event costs more than the rest of a token's way through here.
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def length(self) -> int:
@@ -100,6 +103,11 @@ class Sequence:
     def started(self) -> bool:
         """True once a token came: from then on its blocks are in the engine's own count."""
         return self.received > 0
+
+    @property
+    def final(self) -> Output | None:
+        """The engine's last word, once it came."""
+        return self._final
 
     @property
     def completion_tokens(self) -> int:
@@ -118,43 +126,36 @@ class Sequence:
                 self._tokens.extend(tokens)
             else:
                 self._tokens = tokens
-                self._index = output.index
+                self._start = output.index
             if output.logprobs:
                 self._logprobs.extend(output.logprobs)
         if output.cached_prompt_tokens > self.cached_prompt_tokens:
             self.cached_prompt_tokens = output.cached_prompt_tokens
         if output.finish:
             self._final = output
-        self._news.set()
+        self._wake()
 
     def fail(self, error: CallError) -> None:
         """End it with an error, after the tokens that are already here. The first error counts."""
         if self._error is None and self._final is None:
             self._error = error
-            self._news.set()
-
-    def take(self) -> Batch | None:
-        """What came since the last read; None when nothing did. Raises the CallError that ended it."""
-        tokens = self._tokens
-        final = self._final
-        if not tokens and final is None:
-            if self._error is not None:
-                raise self._error
-            return None
-        batch = Batch(not self._began, self._index, tokens, self._logprobs, final)
-        self._began = True
-        self._tokens = []
-        self._logprobs = []
-        self._news.clear()
-        if self._error is not None:
-            self._news.set()
-        return batch
+            self._wake()
 
     async def next(self) -> Batch:
-        """Wait for news and take them. Raises the CallError that ended the sequence."""
-        while True:
-            batch = self.take()
-            if batch is not None:
-                return batch
-            self._news.clear()
-            await self._news.wait()
+        """Wait for news and take them; for one reader. Raises the CallError that ended the sequence."""
+        while not self._tokens and self._final is None:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        batch = Batch(not self._began, self._start, self._tokens, self._logprobs, self._final)
+        self._began = True
+        self._tokens = []
+        if self._logprobs:
+            self._logprobs = []
+        return batch
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

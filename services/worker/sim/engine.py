@@ -56,8 +56,9 @@ class SimEngine:
             stop_token_ids=frozenset(command.stop_token_ids),
             priority=command.priority,
         )
-        if self._scheduler.add(sequence, now_ns) is not Verdict.ACCEPTED:
-            return Output(id=command.id, tokens=[], index=len(command.output), finish="error")
+        verdict = self._scheduler.add(sequence, now_ns)
+        if verdict is not Verdict.ACCEPTED:
+            return Output(command.id, [], len(command.output), finish="error", error=verdict.value)
         self._submits[command.id] = command
         return None
 

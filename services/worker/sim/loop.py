@@ -10,7 +10,16 @@ import select
 import socket
 import time
 
-from services.worker.protocol import Cancel, FrameReader, Output, Progress, Step, Submit, decode_command, encode
+from services.worker.protocol import (
+    Cancel,
+    FrameReader,
+    Output,
+    Progress,
+    Step,
+    Submit,
+    decode_command,
+    encode,
+)
 from services.worker.sim.config import SimConfig
 from services.worker.sim.engine import SimEngine
 

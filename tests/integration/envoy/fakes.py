@@ -2,7 +2,9 @@
 
     python -m tests.integration.envoy.fakes worker PORT
     python -m tests.integration.envoy.fakes batcher PORT '{"picks": ["127.0.0.1:7001"], "hold": true}'
+    python -m tests.integration.envoy.fakes caller PORT '{"streams": 100, "tokens": 1000}'
 
+The third is a gateway's side: many streams on one connection, with a small receive buffer.
 Each prints one JSON line for every thing that happens and takes JSON lines on standard input, so that
 a test waits for events and never for time.
 """
@@ -18,11 +20,11 @@ import grpc
 from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ep
 from envoy.type.v3 import http_status_pb2
-from google.protobuf import struct_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 DESTINATION = "x-gateway-destination-endpoint"
 STREAMS_MAX = 100_000
+SMALL_BUFFER_BYTES = 8 * 1024
 SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_concurrent_streams", STREAMS_MAX),
@@ -131,7 +133,7 @@ class Batcher(grpc.GenericRpcHandler):
             yield more
         if settings.get("hold"):
             await self.release.wait()
-        yield pick(settings["picks"], settings.get("by", "both"))
+        yield pick(settings["picks"])
 
     async def obey(self) -> None:
         async for command in commands():
@@ -140,18 +142,15 @@ class Batcher(grpc.GenericRpcHandler):
             self.settings |= command.get("settings", {})
 
 
-def pick(endpoints: list[str], by: str) -> ep.ProcessingResponse:
-    """The answer of an endpoint picker: header, dynamic metadata, or both."""
+def pick(endpoints: list[str]) -> ep.ProcessingResponse:
+    """The answer of an endpoint picker: the same in a header and in dynamic metadata."""
     value = ",".join(endpoints)
     response = ep.ProcessingResponse(request_headers=ep.HeadersResponse())
-    common = response.request_headers.response
-    if by in ("both", "header"):
-        common.header_mutation.set_headers.append(_set(DESTINATION, value))
-    common.header_mutation.set_headers.append(_set("x-loom-lease", "lease-1"))
-    if by in ("both", "metadata"):
-        inner = struct_pb2.Struct()
-        inner[DESTINATION] = value
-        response.dynamic_metadata["envoy.lb"] = inner
+    mutation = response.request_headers.response.header_mutation
+    mutation.set_headers.append(_set(DESTINATION, value))
+    mutation.set_headers.append(_set("x-loom-lease", "lease-1"))
+
+    response.dynamic_metadata.update({"envoy.lb": {DESTINATION: value}})
     return response
 
 
@@ -174,8 +173,28 @@ def _headers(request: ep.ProcessingRequest, kind: str) -> dict[str, str]:
     return {h.key: h.raw_value.decode("latin-1") for h in found.headers}
 
 
+async def call_many(port: str, streams: int, tokens: int) -> None:
+    """Read `streams` streams of `tokens` tokens to their ends, and say how many were whole."""
+    options = [("grpc.tcp_receive_buffer_size", SMALL_BUFFER_BYTES)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        stub = channel.unary_stream("/loom.worker.v1.WorkerService/Generate")
+        say("ready")
+
+        async def read() -> bool:
+            try:
+                return len([t async for t in stub(json.dumps({"tokens": tokens}).encode())]) == tokens
+            except grpc.aio.AioRpcError:
+                return False
+
+        whole = await asyncio.gather(*(read() for _ in range(streams)))
+        say("done", whole=sum(whole))
+
+
 async def main() -> None:
     kind, port, *rest = sys.argv[1:]
+    if kind == "caller":
+        await call_many(port, **json.loads(rest[0]))
+        return
     server = grpc.aio.server(options=SERVER_OPTIONS)
     if kind == "worker":
         servant = Worker(int(port))

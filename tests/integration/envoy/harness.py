@@ -69,6 +69,9 @@ class Fake:
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
 
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
     async def kill(self) -> None:
         if self.process.returncode is None:
             self.process.kill()
@@ -124,7 +127,7 @@ class Mesh:
         numbers = ports.free_ports(4 + workers + batchers + 1, random.Random())
         self.ports = envoy.EnvoyPorts(*numbers[:4])
         worker_ports, batcher_ports = numbers[4 : 4 + workers], numbers[4 + workers : -1]
-        batcher.setdefault("picks", [f"127.0.0.1:{worker_ports[0]}"])
+        batcher.setdefault("picks", [f"127.0.0.1:{port}" for port in worker_ports[:1]])
         self.workers = await asyncio.gather(*(self.fake("worker", port) for port in worker_ports))
         self.batchers = await asyncio.gather(*(self.fake("batcher", p, **batcher) for p in batcher_ports))
         places = {
@@ -192,6 +195,15 @@ class Mesh:
         for line in (await self.get(f"/stats?filter=^{name}$")).splitlines():
             return int(line.rpartition(": ")[2])
         return 0
+
+    async def until(self, name: str, holds: Callable[[int], bool]) -> int:
+        """The value of a counter or gauge once `holds` is true of it: Envoy tells only who asks."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                value = await self.stat(name)
+                if holds(value):
+                    return value
+                await asyncio.sleep(0.05)
 
     async def call(
         self,

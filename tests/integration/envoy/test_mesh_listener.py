@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter
 
 import grpc
-import pytest
 
 from tests.integration.envoy.harness import Mesh
 
@@ -21,12 +20,6 @@ async def test_the_named_worker_gets_the_call(mesh: Mesh):
     answers = await mesh.calls(20)
     assert {a.worker for a in answers} == {named.address}
     assert await mesh.stat(FAILED_OPEN) == 0
-
-
-@pytest.mark.parametrize("by", ["header", "metadata"])
-async def test_a_pick_is_obeyed_as_header_and_as_dynamic_metadata(mesh: Mesh, by: str):
-    await mesh.start(by=by)
-    assert {a.worker for a in await mesh.calls(20)} == {mesh.workers[0].address}
 
 
 async def test_the_batcher_sees_headers_trailers_and_the_end_of_a_request(mesh: Mesh):
@@ -63,18 +56,6 @@ async def test_a_request_is_held_longer_than_the_message_timeout(mesh: Mesh):
     mesh.batchers[0].tell(release=True)
     answer = await held
     assert (answer.code, answer.worker) == (OK, mesh.workers[0].address)
-    assert await mesh.stat(FAILED_OPEN) == 0
-
-
-async def test_1400_requests_held_on_one_connection_all_wait_for_the_batcher(mesh: Mesh):
-    await mesh.start(hold=True)
-    calls = asyncio.create_task(mesh.calls(1400, tokens=1))
-    await mesh.batchers[0].saw("request_headers", 1400)
-    assert not any(w.of("call") for w in mesh.workers)
-    mesh.batchers[0].tell(release=True)
-    answers = await calls
-    assert Counter(a.code for a in answers) == {OK: 1400}
-    assert {a.worker for a in answers} == {mesh.workers[0].address}
     assert await mesh.stat(FAILED_OPEN) == 0
 
 
@@ -135,6 +116,8 @@ async def test_a_full_worker_is_passed_over_and_the_batcher_not_asked_again(mesh
     answers = await mesh.calls(50, full=[full.address])
     assert Counter((a.code, a.worker) for a in answers) == {(OK, other.address): 50}
     assert len(mesh.batchers[0].of("request_headers")) == 50
+    # Although the pick came twice, in the header and in dynamic metadata, it is one try.
+    assert len(full_ones := mesh.workers[0].of("call")) == 50, len(full_ones)
 
 
 async def test_full_everywhere_reaches_the_caller_as_resource_exhausted(mesh: Mesh):
@@ -156,9 +139,7 @@ async def test_health_binds_the_fallback_but_not_the_batchers_pick(mesh: Mesh):
     await mesh.start()
     sick, well = mesh.workers
     sick.tell(healthy=False)
-    async with asyncio.timeout(10):
-        while await mesh.stat("cluster.worker.membership_healthy") != 1:
-            await asyncio.sleep(0.1)
+    await mesh.until("cluster.worker.membership_healthy", lambda count: count == 1)
     assert {a.worker for a in await mesh.calls(20)} == {sick.address}
     await mesh.batchers[0].kill()
     assert {a.worker for a in await mesh.calls(20)} == {well.address}

@@ -29,7 +29,8 @@ ENDPOINTS = ("w1", "w2", "w3")
 
 models = st.sampled_from([MODEL, OTHER])
 endpoints = st.sampled_from(ENDPOINTS)
-pauses = st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0, 4.0])
+STATES = st.sampled_from([*[ModelState.READY] * 6, *ModelState])
+pauses = st.sampled_from([0.0, 0.0, 0.01, 0.01, 0.3, 1.0, 4.0])
 
 
 @dataclass
@@ -74,7 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 4),
         arrival=st.integers(0, 50),
         prompt=st.sampled_from([1, 16, 100, 300, 900]),
-        patience=st.sampled_from([-1.0, 0.2, 3.0, 1000.0]),
+        patience=st.sampled_from([-1.0, 0.2, 3.0, 1000.0, 1000.0, 1000.0]),
         tenant=st.sampled_from(["a", "b", "c", "d", "e"]),
     )
     def arrive(self, model, priority, arrival, prompt, patience, tenant):
@@ -121,11 +122,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         endpoint=endpoints,
-        free=st.integers(0, 4),
-        blocks=st.sampled_from([0, 3, 20, 64]),
-        states=st.lists(st.sampled_from(ModelState), min_size=0, max_size=2),
-        draining=st.sampled_from([False, False, False, True]),
-        boot=st.sampled_from(["b1", "b1", "b1", "b2"]),
+        free=st.sampled_from([2, 1, 4, 0]),
+        blocks=st.sampled_from([64, 20, 3, 0]),
+        states=st.sampled_from([2, 1, 0]).flatmap(lambda n: st.lists(STATES, min_size=n, max_size=n)),
+        draining=st.sampled_from([False] * 8 + [True]),
+        boot=st.sampled_from(["b1"] * 6 + ["b2"]),
         data=st.data(),
     )
     def worker_reports(self, endpoint, free, blocks, states, draining, boot, data):
@@ -145,6 +146,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         peer.last, peer.reported_at = sent, self.now
         self.take(self.scheduler.load_reported(endpoint, sent, self.now))
 
+    @rule(endpoint=endpoints, again=st.sampled_from(["same process", "new process"]))
+    def worker_repeats_its_report(self, endpoint, again):
+        peer = self.peers[endpoint]
+        if peer.last is None:
+            return
+        if again == "new process":
+            peer.last = peer.last._replace(boot_id=peer.last.boot_id + "+")
+            for stay in peer.holds.values():
+                stay.listed = True
+        peer.reported_at = self.now
+        self.take(self.scheduler.load_reported(endpoint, peer.last, self.now))
+
     @rule(endpoint=endpoints)
     def worker_is_lost(self, endpoint):
         # The boot id outlives the stream: the process may still be there.
@@ -157,7 +170,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def time_passes(self, pause):
         until = self.now + pause
         while (wake := self.scheduler.next_wake()) is not None and wake <= until:
-            assert wake >= self.now or self.scheduler.tick(self.now) is not None
             self.now = max(wake, self.now)
             self.take(self.scheduler.tick(self.now))
         self.now = until
@@ -166,7 +178,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def time_passes_unnoticed(self, pause):
         self.now += pause
 
-    @precondition(lambda self: self.count > 20)
+    @precondition(lambda self: self.count > 5)
     @rule()
     def everybody_leaves(self):
         for ticket in [*self.waiting, *self.placed]:

@@ -195,6 +195,14 @@ def test_a_restarted_worker_is_not_charged_for_what_its_old_process_held():
     assert free_of(desk)[0] == 2
 
 
+def test_a_worker_that_restarts_between_two_equal_reports_is_charged_anew():
+    desk = Desk()
+    desk.report(free=1)
+    desk.arrive(name="a")
+    desk.report("w1", report(model_report(1), boot="boot-2"))
+    assert free_of(desk)[0] == 1
+
+
 def test_a_draining_worker_gets_nothing_new():
     desk = Desk()
     desk.report("w1", report(model_report(8), draining=True))

@@ -1,0 +1,215 @@
+"""`/v1/chat/completions` and `/v1/completions`: from a body to an answer, streamed or whole.
+
+A caller that leaves takes its generation along: the call to the worker is cancelled at once. Nothing
+is sent before the first event, so that an error has its own status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
+
+from opentelemetry.context import get_current
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from services.gateway.callers import REQUEST_ID, Caller, request_id_of, tenant_of
+from services.gateway.core.choice import Event
+from services.gateway.core.openai_body import ParsedBody
+from services.gateway.core.openai_render import DONE, AnswerHead, Renderer, Tally, error_chunk
+from services.gateway.core.refusal import Refusal
+from services.gateway.generation import Generation
+from services.gateway.http_body import error_response, json_of, json_response, read_json
+from services.gateway.pipeline import Ask, Pipeline, call_error
+from tokenloom.kit import telemetry
+from tokenloom.kit.errors import CallError
+from tokenloom.kit.logs import get_logger
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+log = get_logger(__name__)
+
+
+class GenerateEndpoint:
+    """One of the two, as an ASGI application; they differ by their body and their renderer."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        operation: str,
+        parse: Callable[[Mapping[str, object]], ParsedBody],
+        renderer: type[Renderer],
+        body_bytes_max: int,
+        default_timeout_s: float,
+    ) -> None:
+        self._pipeline = pipeline
+        self._operation = operation
+        self._parse = parse
+        self._renderer = renderer
+        self._body_bytes_max = body_bytes_max
+        self._default_timeout_s = default_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrival_s, arrival_ms = self._pipeline.clock.monotonic(), self._pipeline.clock.unix_ms()
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+        started = _StartedFlag(send)
+        with telemetry.tracer().start_as_current_span(
+            self._operation,
+            context=telemetry.extract(headers),
+            kind=SpanKind.SERVER,
+            attributes={"http.request.method": "POST", "http.route": scope["path"]},
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            request_id = ""
+            try:
+                request_id = request_id_of(headers)
+                tenant = tenant_of(headers)
+                body = await read_json(scope, receive, self._body_bytes_max)
+                parsed = self._parse(body)
+                caller = Caller(
+                    door="http",
+                    operation=self._operation,
+                    request_id=request_id,
+                    tenant=tenant,
+                    arrival_unix_ms=arrival_ms,
+                    arrival_s=arrival_s,
+                    deadline_unix_ms=arrival_ms + int(1000 * self._default_timeout_s),
+                    context=get_current(),
+                    span=span,
+                    streams=parsed.options.stream,
+                )
+                async with _leaving_with_client(receive):
+                    await self._answer(parsed, caller, scope, receive, started)
+                span.set_attribute("http.response.status_code", 200)
+            except ClientDisconnect:
+                span.set_status(Status(StatusCode.ERROR, "cancelled by the caller"))
+            except Refusal as refusal:
+                await _fail(call_error(refusal), request_id, span, started, scope, receive)
+            except CallError as error:
+                await _fail(error, request_id, span, started, scope, receive)
+            except Exception as error:
+                await _fail(_defect(error), request_id, span, started, scope, receive)
+
+    async def _answer(
+        self, parsed: ParsedBody, caller: Caller, scope: Scope, receive: Receive, send: _StartedFlag
+    ) -> None:
+        ask = Ask(parsed.request, parsed.problems, parsed.unsupported, parsed.name_of)
+        async with (
+            self._pipeline.generation(ask, caller) as generation,
+            aclosing(generation.events()) as events,
+        ):
+            renderer = self._renderer(
+                AnswerHead(
+                    caller.request_id,
+                    caller.arrival_unix_ms // 1000,
+                    parsed.request.model,
+                    generation.version.digest,
+                ),
+                generation.text.token_bytes,
+                include_usage=parsed.options.include_usage,
+                token_ids=parsed.request.output.token_ids,
+            )
+            if parsed.options.stream:
+                await _stream(generation, events, renderer, parsed.options.include_usage, send)
+                return
+            async for event in events:
+                renderer.add(event)
+        headers = {REQUEST_ID: caller.request_id}
+        whole = json_response(renderer.whole(tally_of(generation)), headers=headers)
+        await whole(scope, receive, send)
+
+
+async def _stream(
+    generation: Generation,
+    events: AsyncGenerator[Event, None],
+    renderer: Renderer,
+    include_usage: bool,
+    send: _StartedFlag,
+) -> None:
+    """Server-sent events; one chunk for each event that shows anything."""
+    output = generation.request.output
+    every = output.token_ids or output.logprobs
+    async for event in events:
+        if not send.started:
+            headers = [*_SSE_HEADERS, (REQUEST_ID.encode(), generation.caller.request_id.encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if event.text or event.end is not None or every:
+            await send({"type": "http.response.body", "body": renderer.chunk(event), "more_body": True})
+    last = renderer.usage_chunk(tally_of(generation)) + DONE if include_usage else DONE
+    await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def tally_of(generation: Generation) -> Tally:
+    """What the generation cost so far."""
+    return Tally(generation.prompt_tokens, generation.cached_prompt_tokens, generation.completion_tokens)
+
+
+class _StartedFlag:
+    """`send` that remembers whether the answer has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def __call__(self, message: Mapping[str, object]) -> None:
+        self.started = True
+        await self._send(dict(message))
+
+
+@asynccontextmanager
+async def _leaving_with_client(receive: Receive) -> AsyncIterator[None]:
+    """Cancels the block when the client disconnects, which then ends in ClientDisconnect."""
+    task = asyncio.current_task()
+    assert task is not None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        left = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Somebody else may have cancelled us too: only our own cancellation is taken back.
+        if left and task.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watcher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watcher
+
+
+def _defect(error: Exception) -> CallError:
+    trace_id = telemetry.trace_id_of()
+    log.exception("request failed", exc_info=error)
+    message = f"internal error; the log of trace {trace_id or 'none'} has the cause"
+    return CallError("INTERNAL", message, metadata={"trace_id": trace_id})
+
+
+async def _fail(
+    error: CallError, request_id: str, span: Span, send: _StartedFlag, scope: Scope, receive: Receive
+) -> None:
+    """Answer with the error: as a status, or as an event when the answer has begun."""
+    span.set_attribute("http.response.status_code", error.http_status)
+    span.set_attribute("error.type", error.reason)
+    span.set_status(Status(StatusCode.ERROR, error.message))
+    if send.started:
+        last = error_chunk(json_of(error)) + DONE
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+        return
+    response = error_response(error, {REQUEST_ID: request_id} if request_id else None)
+    await response(scope, receive, send)

@@ -1,0 +1,97 @@
+"""Between the core's values and the messages of loom.modelstore.v1; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loom.modelstore.v1 import modelstore_pb2 as pb
+
+from services.modelstore.core.aliases import AliasState, Target
+from services.modelstore.core.catalogue import Catalogue, Model, StoredVersion
+from services.modelstore.core.ports import Progress
+from services.modelstore.core.refusal import Refused
+from services.modelstore.core.requests import DEFAULT_DTYPE, ImportRequest, Violations
+from services.modelstore.importer import Imported
+from tokenloom.kit.errors import CallError, field_invalid
+
+
+def call_error(refusal: Refused) -> CallError:
+    """The refusal as it travels."""
+    if refusal.reason == "FIELD_INVALID":
+        field = refusal.metadata.get("field", "")
+        why = refusal.message.removeprefix(f"{field}: ")
+        return field_invalid((field, why))
+    return CallError(refusal.reason, refusal.message, metadata=refusal.metadata)
+
+
+def refuse(violations: Violations) -> None:
+    """Raises CallError with FIELD_INVALID when there are any."""
+    if violations:
+        raise field_invalid(*violations)
+
+
+def import_request(request: pb.ImportModelRequest) -> ImportRequest:
+    return ImportRequest(
+        source=request.source,
+        name=request.name,
+        dtype=request.dtype or DEFAULT_DTYPE,
+        aliases=tuple(request.aliases),
+    )
+
+
+def targets(found: Iterable[pb.AliasTarget]) -> list[Target]:
+    """A weight that is not given is 1."""
+    return [Target(target.digest, target.weight or 1) for target in found]
+
+
+def version(stored: StoredVersion) -> pb.Version:
+    manifest, facts = stored.manifest, stored.manifest.facts
+    message = pb.Manifest(
+        name=manifest.name,
+        architecture=facts.architecture,
+        model_type=facts.model_type,
+        dtype=facts.dtype,
+        context_length=facts.context_length,
+        vocab_size=facts.vocab_size,
+        parameters=facts.parameters,
+        weight_bytes=facts.weight_bytes,
+        kv_bytes_per_token=facts.kv_bytes_per_token,
+        has_chat_template=facts.has_chat_template,
+        stop_token_ids=facts.stop_token_ids,
+        bos_token_id=facts.bos_token_id,
+        license=facts.license,
+        files=[pb.File(path=f.path, digest=f.digest, size_bytes=f.size_bytes) for f in manifest.files],
+        provenance=dict(manifest.provenance),
+        checked_with=dict(facts.checked_with),
+    )
+    # Beside the manifest, not of it: the same model imported elsewhere is the same version.
+    if stored.imported.created_unix_ms:
+        message.created_at.FromMilliseconds(stored.imported.created_unix_ms)
+    if stored.imported.source:
+        message.provenance["source"] = stored.imported.source
+    return pb.Version(digest=stored.digest, manifest=message)
+
+
+def alias(state: AliasState) -> pb.Alias:
+    shares = [pb.AliasTarget(digest=t.digest, weight=t.weight) for t in state.targets]
+    return pb.Alias(name=state.name, targets=shares, sequence=state.sequence)
+
+
+def models(catalogue: Catalogue) -> list[pb.Model]:
+    return [_model(model) for model in catalogue.models.values()]
+
+
+def _model(model: Model) -> pb.Model:
+    return pb.Model(
+        name=model.name,
+        aliases=[alias(state) for state in model.aliases],
+        versions=[version(stored) for stored in model.versions],
+    )
+
+
+def import_event(event: Progress | Imported) -> pb.ImportModelResponse:
+    if isinstance(event, Progress):
+        progress = pb.Progress(stage=event.stage, done_bytes=event.done_bytes, total_bytes=event.total_bytes)
+        return pb.ImportModelResponse(progress=progress)
+    imported = pb.Imported(version=version(event.version), created=event.created)
+    return pb.ImportModelResponse(imported=imported)

@@ -1,0 +1,84 @@
+"""How much memory there is, and how much of it the KV cache takes.
+
+Weights, the cache's minimum and a step's activations are weighed against what is free before anything
+is loaded. Knows neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.worker.core.blocks import blocks_for
+from services.worker.engine.errors import too_large
+
+CPU_SHARE = 0.25
+"""Of the host memory left beside the weights, unless `kv_cache_bytes` says otherwise."""
+CPU_CACHE_BYTES_MAX = 4 << 30
+DEVICE_SHARE = 0.85
+"""Of a GPU's memory left beside the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What memory depends on, from config.json and the files."""
+
+    weight_bytes: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int
+    context_length: int
+    vocab_size: int
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Keys and values of one token in every layer."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.element_bytes
+
+
+def host_available_bytes() -> int:
+    """Free host memory, or what the control group leaves of it."""
+    free = _meminfo_available()
+    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
+    if limit is None:
+        return free
+    return max(0, min(free, limit - (used or 0)))
+
+
+def cache_blocks(
+    shape: Shape, *, available_bytes: int, wanted_bytes: int, sequences_max: int, block_tokens: int,
+    step_tokens_max: int, on_device: bool,
+) -> int:  # fmt: skip
+    """Blocks of the KV cache. Raises EngineError MODEL_TOO_LARGE with the numbers.
+
+    At least one block, at most what `sequences_max` whole contexts need.
+    """
+    block_bytes = shape.kv_token_bytes * block_tokens
+    activation_bytes = 4 * sequences_max * shape.vocab_size * 3 + step_tokens_max * shape.kv_token_bytes
+    fixed_bytes = shape.weight_bytes + activation_bytes
+    left_bytes = available_bytes - fixed_bytes
+    if left_bytes < max(block_bytes, wanted_bytes):
+        what = f"weights ({shape.weight_bytes:,}), KV cache and activations together"
+        raise too_large(what, fixed_bytes + max(block_bytes, wanted_bytes), available_bytes)
+    whole = sequences_max * blocks_for(shape.context_length, block_tokens)
+    share_bytes = int(left_bytes * DEVICE_SHARE) if on_device else int(left_bytes * CPU_SHARE)
+    if not on_device:
+        share_bytes = min(share_bytes, CPU_CACHE_BYTES_MAX)
+    if wanted_bytes and wanted_bytes < block_bytes:
+        raise too_large("one block of the KV cache", block_bytes, wanted_bytes)
+    return max(1, min(whole, (wanted_bytes or share_bytes) // block_bytes))
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo names no MemAvailable")
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return None

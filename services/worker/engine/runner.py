@@ -1,0 +1,55 @@
+"""Runs one plan through the model: tokens in, logits of the last tokens out.
+
+The model is transformers' own; the batch is flattened to [1, tokens], and its attention is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.worker.core.blocks import blocks_for
+from services.worker.core.scheduler import Limits, Plan
+from services.worker.core.sequence import Sequence
+from services.worker.engine.attention import KvCache, StepContext
+from services.worker.engine.layout import BlockTables, Ints, flatten
+from services.worker.engine.loader import LoadedModel
+
+
+class Runner:
+    """One model and its KV cache."""
+
+    def __init__(self, loaded: LoadedModel, limits: Limits) -> None:
+        self._model = loaded.model
+        self._device = loaded.device
+        self._block_tokens = limits.block_tokens
+        shape = loaded.shape
+        self._cache = KvCache(
+            layers=shape.layers,
+            blocks=limits.total_blocks,
+            block_tokens=limits.block_tokens,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            dtype=loaded.dtype,
+            device=loaded.device,
+        )
+        self._tables = BlockTables(
+            limits.sequences_max, blocks_for(limits.context_length, limits.block_tokens)
+        )
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> tuple[Tensor | None, list[Sequence]]:
+        """Logits [sequences, vocabulary] for the sequences that draw; None when none does."""
+        flat = flatten(plan, self._tables, self._block_tokens)
+        step = StepContext(self._cache, self._to_device(flat.slots), flat.spans)
+        output = self._model(
+            input_ids=self._to_device(flat.ids)[None],
+            position_ids=self._to_device(flat.positions)[None],
+            use_cache=False,
+            logits_to_keep=self._to_device(flat.drawing),
+            step=step,
+        )
+        return (output.logits[0], flat.sequences) if flat.sequences else (None, [])
+
+    def _to_device(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self._device)

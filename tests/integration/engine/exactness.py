@@ -1,0 +1,148 @@
+"""Greedy output against transformers' own `generate`, token for token.
+
+`check_exact(folder)` is the whole claim for one model: alone, and in a mixed batch in which sequences
+join and leave between steps, with prompts cut into chunks and with pre-emption. Both sides load the same
+safetensors in float32. A mismatch where the reference's two best logits are closer than TIE is a tie:
+reported, not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from services.worker.engine.config import EngineConfig
+from services.worker.engine.engine import Engine
+from services.worker.engine.loader import load
+from services.worker.protocol import Output, Sampling, Submit
+
+TIE = 1e-4
+
+
+@dataclass
+class Report:
+    """What a comparison found; `wrong` must stay empty."""
+
+    compared: int = 0
+    ties: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """What an engine gave: tokens and the last Output of each sequence."""
+
+    tokens: dict[str, list[int]]
+    final: dict[str, Output]
+    steps: int
+
+    @property
+    def preemptions(self) -> int:
+        return sum(output.preemptions for output in self.final.values())
+
+
+def open_engine(folder: Path, **settings: object) -> Engine:
+    """An engine in this process; `blocks` sets the size of its cache."""
+    blocks = settings.pop("blocks", None)
+    settings = {"device": "cpu", "dtype": "float32", "kv_cache_bytes": 64 << 20, **settings}
+    config = EngineConfig(model_dir=str(folder), **settings)  # type: ignore[arg-type]
+    loaded = load(config, lambda stage, fraction: None)
+    if blocks is not None:
+        loaded = loaded.with_blocks(int(str(blocks)))
+    return Engine(loaded, config, time.monotonic_ns)
+
+
+def greedy(name: str, prompt: list[int], count: int, output: list[int] | None = None) -> Submit:
+    """A greedy sequence without stop tokens."""
+    return Submit(name, prompt, output or [], count, 0, [], Sampling(temperature=0.0))
+
+
+def run(engine: Engine, submits: list[Submit], *, per_step: int = 1000, leavers: int = 0) -> Run:
+    """Drives an engine until it is empty; `per_step` sequences join before each step.
+
+    `leavers` further sequences join in between and are cancelled three steps later.
+    """
+    waiting, noise = list(submits), [greedy(f"leaver-{n}", s.prompt, 64) for n, s in
+                                     zip(range(leavers), itertools.cycle(submits))]
+    run = Run({submit.id: [] for submit in submits}, {}, 0)
+    leaving: list[tuple[int, str]] = []
+    while waiting or noise or not engine.idle:
+        for submit in waiting[:per_step]:
+            assert engine.submit(submit) is None
+        del waiting[:per_step]
+        if noise and run.steps % 2 == 0:
+            leaver = noise.pop()
+            assert engine.submit(leaver) is None
+            leaving.append((run.steps + 3, leaver.id))
+        for _, name in [entry for entry in leaving if entry[0] <= run.steps]:
+            engine.cancel(name)
+        leaving = [entry for entry in leaving if entry[0] > run.steps]
+        for output in engine.step().outputs:
+            if output.id in run.tokens:
+                run.tokens[output.id] += output.tokens
+                if output.finish:
+                    run.final[output.id] = output
+        run.steps += 1
+    return run
+
+
+def reference(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens by transformers, without any stop token."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+def load_reference(folder: Path) -> PreTrainedModel:
+    """The same weights in float32 with transformers' own attention."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    return model.eval()
+
+
+def compare(
+    model: PreTrainedModel, prompts: list[list[int]], wanted: list[list[int]], got: list[list[int]], report: Report
+) -> None:
+    """Adds one run of all prompts to a report."""
+    for number, (prompt, want, have) in enumerate(zip(prompts, wanted, got, strict=True)):
+        report.compared += 1
+        if want == have:
+            continue
+        at = next((i for i, (w, h) in enumerate(zip(want, have, strict=False)) if w != h), len(have))
+        if len(want) != len(have):
+            report.wrong.append(f"prompt {number}: {len(have)} tokens instead of {len(want)}")
+            continue
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + want[:at]])).logits[0, -1]
+        best = logits.topk(2).values
+        gap = float(best[0] - best[1])
+        found = f"prompt {number}, token {at}: {have[at]} instead of {want[at]}, gap {gap:.2e}"
+        near = gap < TIE and float(best[0] - logits[have[at]]) < TIE
+        (report.ties if near else report.wrong).append(found)
+
+
+def check_exact(folder: Path, prompts: list[list[int]], count: int, *, batch: int = 16) -> Report:
+    """Alone, then mixed `batch` at a time with small chunks and a cache too small for all."""
+    model = load_reference(folder)
+    wanted = [reference(model, prompt, count) for prompt in prompts]
+    submits = [greedy(f"s{number}", prompt, count) for number, prompt in enumerate(prompts)]
+    report = Report()
+    alone = open_engine(folder)
+    got = [run(alone, [submit]).tokens[submit.id] for submit in submits]
+    compare(model, prompts, wanted, got, report)
+    longest = max(map(len, prompts)) + count
+    blocks = -(-longest // 16) * max(2, batch // 3)
+    mixed = open_engine(folder, blocks=blocks, sequences_max=batch, step_tokens_max=batch + 13)
+    result = run(mixed, submits, per_step=2, leavers=4)
+    compare(model, prompts, wanted, [result.tokens[submit.id] for submit in submits], report)
+    assert result.preemptions > 0, "the cache was meant to be too small"
+    return report

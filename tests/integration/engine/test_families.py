@@ -1,0 +1,22 @@
+"""Every supported family gives transformers' own greedy tokens, whatever else is in the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.worker.engine.support import FAMILIES as SUPPORTED
+from tests.integration.engine.exactness import check_exact
+from tests.integration.engine.families import FAMILIES, build, random_prompts
+
+
+def test_every_supported_family_is_compared() -> None:
+    assert set(FAMILIES) == SUPPORTED
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_greedy_tokens_equal_generate(family: str, tmp_path: Path) -> None:
+    report = check_exact(build(family, tmp_path), random_prompts(12), 40, batch=6)
+    assert not report.wrong, report.wrong
+    assert len(report.ties) <= 2, report.ties

@@ -1,0 +1,195 @@
+"""Residency: what is fetched, loaded, awaited, unloaded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from services.worker.front.models import Models, Resident, Stage
+from services.worker.front.ports import ModelVersion
+from tests.unit.worker_front.fakes import READY, FakeLaunch, make_engine, make_sequence, until
+from tokenloom.kit.errors import CallError
+
+A, B = (ModelVersion(f"sha256:{letter * 64}", letter, 1000, 512) for letter in "ab")
+
+
+class World:
+    """A store, weights and engines, all in the test's hand."""
+
+    def __init__(self, models_max: int = 2) -> None:
+        self.known = {"a": A, "b": B}
+        self.weights_error: CallError | OSError | None = None
+        self.may_fetch = asyncio.Event()
+        self.may_fetch.set()
+        self.launch = FakeLaunch()
+        self.models = Models(
+            store=self,
+            weights=self,
+            engines=self,
+            make_engine=lambda version, launch: make_engine(self.launch),
+            models_max=models_max,
+            resolve_backoff_max_s=0.01,
+            changed=lambda: None,
+        )
+
+    async def resolve(self, model: str) -> ModelVersion:
+        if model not in self.known:
+            raise CallError("MODEL_NOT_FOUND", f"no model {model}")
+        return self.known[model]
+
+    async def get_version(self, digest: str) -> ModelVersion:
+        for version in self.known.values():
+            if version.digest == digest:
+                return version
+        raise CallError("MODEL_NOT_FOUND", f"no version {digest}")
+
+    async def folder(self, version: ModelVersion, progress: Callable[[float], None]) -> str:
+        progress(0.5)
+        await self.may_fetch.wait()
+        if self.weights_error is not None:
+            raise self.weights_error
+        return "/folder"
+
+    def launcher(self, version: ModelVersion) -> FakeLaunch:
+        return self.launch
+
+    async def load(self, version: ModelVersion) -> Resident:
+        loading = asyncio.create_task(self.models.load(version.digest))
+        (await self.launch.next()).say(READY)
+        return await loading
+
+    async def close(self) -> None:
+        closing = asyncio.create_task(self.models.close())
+        while not closing.done():
+            await asyncio.sleep(0)
+            for resident in self.models.all():
+                if resident.engine._link is not None:
+                    resident.engine._link.kill()
+        await closing
+
+
+async def test_model_passes_through_its_stages() -> None:
+    world = World()
+    world.may_fetch.clear()
+    loading = asyncio.create_task(world.models.load(A.digest))
+    await until(lambda: (known := world.models.get(A.digest)) is not None and known.progress > 0)
+    [resident] = world.models.all()
+    assert (resident.stage, resident.progress) == (Stage.FETCHING, 0.5)
+    assert world.models.missing() == "model a is fetching, 50% done"
+    world.may_fetch.set()
+    link = await world.launch.next()
+    assert resident.stage is Stage.LOADING
+    link.say(READY)
+    assert (await loading).stage is Stage.READY
+    assert world.models.missing() == ""
+    await world.close()
+
+
+async def test_second_load_waits_for_the_first() -> None:
+    world = World()
+    both = [asyncio.create_task(world.models.load(A.digest)) for _ in range(2)]
+    (await world.launch.next()).say(READY)
+    one, two = await asyncio.gather(*both)
+    assert one is two
+    assert world.launch.count == 1
+    await world.close()
+
+
+async def test_load_goes_on_when_its_caller_leaves() -> None:
+    world = World()
+    loading = asyncio.create_task(world.models.load(A.digest))
+    link = await world.launch.next()
+    loading.cancel()
+    link.say(READY)
+    resident = await world.models.load(A.digest)
+    assert resident.stage is Stage.READY
+    await world.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (CallError("DIGEST_MISMATCH", "wrong bytes"), "DIGEST_MISMATCH"),
+        (OSError("disk full"), "MODEL_LOAD_FAILED"),
+    ],
+)
+async def test_failed_fetch_fails_the_model_until_it_is_loaded_again(
+    error: CallError | OSError, reason: str
+) -> None:
+    world = World()
+    world.weights_error = error
+    with pytest.raises(CallError) as failed:
+        await world.models.load(A.digest)
+    assert failed.value.reason == reason
+    resident = world.models.get(A.digest)
+    assert resident is not None
+    assert resident.stage is Stage.FAILED
+    assert "failed" in world.models.missing()
+    world.weights_error = None
+    assert (await world.load(A)).stage is Stage.READY
+    await world.close()
+
+
+async def test_configured_models_are_awaited_by_name() -> None:
+    world = World()
+    del world.known["b"]
+    world.models.start(["a", "b"])
+    (await world.launch.next()).say(READY)
+    await until(lambda: world.models.missing() == "model b: no model b")
+    world.known["b"] = B
+    (await world.launch.next()).say(READY)
+    assert world.models.missing() == ""
+    await world.close()
+
+
+async def test_two_names_of_one_version_share_an_engine() -> None:
+    world = World()
+    world.known["again"] = A
+    world.models.start(["a", "again"])
+    (await world.launch.next()).say(READY)
+    await until(lambda: world.models.missing() == "")
+    assert world.launch.count == 1
+    await world.close()
+
+
+async def test_models_max_is_kept() -> None:
+    world = World(models_max=1)
+    await world.load(A)
+    with pytest.raises(CallError, match="models_max") as full:
+        await world.models.load(B.digest)
+    assert full.value.reason == "MODEL_TOO_LARGE"
+    await world.close()
+
+
+async def test_unload_waits_for_the_last_sequence() -> None:
+    world = World()
+    resident = await world.load(A)
+    sequence = make_sequence()
+    resident.engine.submit(sequence)
+    unloading = asyncio.create_task(world.models.unload(A.digest))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert resident.stage is Stage.DRAINING
+    assert not unloading.done()
+    resident.engine.cancel(sequence)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert resident.engine._link is not None
+    resident.engine._link.kill()
+    await unloading
+    assert world.models.get(A.digest) is None
+    with pytest.raises(CallError, match="not resident"):
+        await world.models.unload(A.digest)
+
+
+async def test_unload_ends_a_load_that_is_on_its_way() -> None:
+    world = World()
+    world.may_fetch.clear()
+    loading = asyncio.create_task(world.models.load(A.digest))
+    await until(lambda: world.models.get(A.digest) is not None)
+    await world.models.unload(A.digest)
+    with pytest.raises(CallError) as ended:
+        await loading
+    assert ended.value.reason == "MODEL_NOT_FOUND"

@@ -1,0 +1,185 @@
+"""The `tokenloom` command. Each subcommand reads its options here and does its work elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tokenloom.cli import logs as logs_command
+from tokenloom.cli import status as status_command
+from tokenloom.cli import up as up_command
+from tokenloom.cli.errors import CliError
+from tokenloom.cli.models import app as models_app
+from tokenloom.cli.plan import WORKERS_MAX, Engine, Options
+
+app = typer.Typer(
+    name="tokenloom",
+    help="A mesh of small services that serves large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(models_app, name="models")
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tokenloom {metadata.version('tokenloom')}")
+        raise typer.Exit
+
+
+@app.callback()
+def tokenloom(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command()
+def up(
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the mesh is up.")] = False,
+    workers: Annotated[int, typer.Option(min=1, max=WORKERS_MAX, help="Worker processes.")] = 1,
+    engine: Annotated[str, typer.Option(help="torch runs models; sim only pretends, for tests.")] = "torch",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The public port.")] = 8080,
+    host: Annotated[str, typer.Option(help="The address that the public port is bound to.")] = "127.0.0.1",
+    model: Annotated[
+        list[str] | None, typer.Option(help="Load this one; may be repeated. Default: all in the store.")
+    ] = None,
+    report_fd: Annotated[int, typer.Option(hidden=True)] = -1,
+) -> None:
+    """Start a mesh on this machine: modelstore, workers, batcher, gateway and Envoy."""
+    if engine not in ("torch", "sim"):
+        raise CliError(f"--engine is torch or sim, not {engine!r}", status=2)
+    kind: Engine = "sim" if engine == "sim" else "torch"
+    options = Options(workers=workers, engine=kind, port=port, host=host, models=tuple(model or ()))
+    if report_fd >= 0:
+        up_command.for_parent(options, report_fd, console)
+    elif detach:
+        up_command.detached(options, console)
+    else:
+        up_command.in_foreground(options, console)
+
+
+@app.command()
+def down() -> None:
+    """Stop the mesh."""
+    running = up_command.down(console)
+    console.print("the mesh is down" if running else "no mesh is running")
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Show what runs."""
+    if as_json:
+        print(json.dumps(status_command.snapshot(), indent=1))
+    elif not status_command.show(console):
+        raise CliError("no mesh is running: start one with `tokenloom up`")
+
+
+@app.command()
+def logs(
+    name: Annotated[str | None, typer.Argument(help="worker-0, batcher, … ; all when left out.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=10_000, help="How far back.")] = 50,
+) -> None:
+    """Show the logs of the mesh's processes."""
+    files = logs_command.files(name)
+    for line in logs_command.tail(files, lines):
+        print(line)
+    if follow:
+        logs_command.follow(files, lambda line: print(line, flush=True))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The question; `-` reads standard input.")],
+    model: Annotated[str | None, typer.Option(help="Which model; needed when there are several.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The most tokens to generate.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed draws the same numbers.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+    address: Annotated[str | None, typer.Option(help="host:port of a mesh; default: the local one.")] = None,
+) -> None:
+    """Ask a model; the answer is written as it comes."""
+    from tokenloom.cli import generate as generate_command
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    ask = generate_command.Ask(text, model, raw, max_tokens, temperature, seed)
+    answer = generate_command.generate(
+        ask, generate_command.address_or_default(address), (lambda _: None) if as_json else _write
+    )
+    if as_json:
+        print(answer.to_json())
+        return
+    print()
+    if sys.stderr.isatty():
+        errors.print(answer.summary(), style="dim")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@app.command()
+def trace(
+    wanted: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Trace id (or its beginning) or request id.")
+    ] = None,
+    last: Annotated[bool, typer.Option("--last", help="The latest request's; the default.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The spans, for programs.")] = False,
+) -> None:
+    """Draw the trace of one request."""
+    from tokenloom.cli import local, traces, tracetree
+
+    path = local.traces_file()
+    if wanted is not None and last:
+        raise CliError("give an ID or --last, not both", status=2)
+    if wanted is None:
+        wait_s = traces.WAIT_MAX_S if local.running() else 0.0
+        found = traces.await_last(path, traces.read_last_request(local.last_request_file()), wait_s)
+        if found is None:
+            raise CliError("no trace yet: ask something with `tokenloom generate` first")
+    else:
+        found = _one_trace(traces.find(path, wanted), wanted)
+    if as_json:
+        print(json.dumps({"trace_id": found.trace_id, "spans": [asdict(s) for s in found.spans]}))
+    else:
+        console.print(tracetree.draw(found))
+
+
+def _one_trace(found: list[Any], wanted: str) -> Any:
+    if not found:
+        raise CliError(f"no trace or request {wanted!r} in the trace file")
+    if len(found) > 1:
+        raise CliError(f"{wanted!r} begins {len(found)} trace ids: give more digits")
+    return found[0]
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except CliError as error:
+        errors.print(f"tokenloom: {error}", style="red", soft_wrap=True, markup=False)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
