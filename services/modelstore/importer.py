@@ -12,6 +12,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from services.modelstore.adapters.scratch import Scratch
@@ -36,6 +37,8 @@ from services.modelstore.counted import counted_in_thread
 from services.modelstore.inspection import Inspected, Inspector
 from services.modelstore.store import Store
 from tokenloom.contract.models import DEFAULT_ALIAS
+
+VERIFY_CHUNK_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +130,16 @@ class Importer:
                         yield step
                     else:
                         recipe = step
-            content = await self._remembered(recipe)
-            if content is None:
-                async with aclosing(self._convert(inspected, request.dtype, recipe)) as converting:
-                    async for outcome in converting:
+            content = None
+            for attempt in (self._remembered(recipe), self._convert(inspected, request.dtype, recipe)):
+                async with aclosing(attempt) as outcomes:
+                    async for outcome in outcomes:
                         if isinstance(outcome, Progress):
                             yield outcome
                         else:
                             content = outcome
+                if content is not None:
+                    break
             provenance = inspected.provenance
         assert content is not None, "a conversion ends with its content or raises"
         manifest = make_manifest(request.name, content.facts, content.files, provenance)
@@ -158,7 +163,7 @@ class Importer:
         files = []
         for path, data in sorted(builtin.sim_files().items()):
             file = File(path, digest_of(data), len(data))
-            if await self._objects.size(blob_path(file.digest)) != file.size_bytes:
+            if await self._objects.get(blob_path(file.digest)) != data:
                 await self._objects.put(blob_path(file.digest), data)
             files.append(file)
         return _Content(builtin.sim_facts(), tuple(files))
@@ -189,21 +194,37 @@ class Importer:
             )
         )
 
-    async def _remembered(self, recipe: str) -> _Content | None:
-        """An earlier conversion's result, when all of its blobs are still there and whole."""
+    async def _remembered(self, recipe: str) -> AsyncGenerator[Progress | _Content, None]:
+        """An earlier conversion's result, if all of its blobs are still there and whole; else nothing."""
         data = await self._objects.get(conversion_path(recipe))
         if data is None:
-            return None
+            return
         try:
             value = json.loads(data)
             files = tuple(File(**file) for file in value["files"])
             content = _Content(Facts.from_json(value["facts"]), files)
         except (KeyError, TypeError, ValueError):
-            return None
+            return
+        done, total = 0, sum(file.size_bytes for file in files)
         for file in files:
-            if await self._objects.size(blob_path(file.digest)) != file.size_bytes:
-                return None
-        return content
+            digest = sha256()
+            for start in range(0, file.size_bytes, VERIFY_CHUNK_BYTES):
+                yield Progress("hash", done + start, total)
+                end = min(start + VERIFY_CHUNK_BYTES, file.size_bytes)
+                piece = await self._piece(file, start, end)
+                await asyncio.to_thread(digest.update, piece)
+            if f"sha256:{digest.hexdigest()}" != file.digest:
+                return
+            done += file.size_bytes
+        yield Progress("hash", done, total)
+        yield content
+
+    async def _piece(self, file: File, start: int, end: int) -> bytes:
+        """Part of a stored blob; empty when there is none."""
+        path = blob_path(file.digest)
+        if await self._objects.size(path) != file.size_bytes:
+            return b""
+        return await self._objects.read(path, start, end)
 
     async def _convert(
         self, inspected: Inspected, dtype: str, recipe: str
@@ -256,9 +277,8 @@ class Importer:
                 yield step
         done = 0
         for file in files:
-            path = blob_path(file.digest)
-            if await self._objects.size(path) != file.size_bytes:
-                await self._objects.adopt(path, str(output / file.path))
+            # Over what may be there already: if that is damaged, this mends it.
+            await self._objects.adopt(blob_path(file.digest), str(output / file.path))
             done += file.size_bytes
             yield Progress("store", done, total)
         content = _Content(Facts.from_json(converted.facts), tuple(files))

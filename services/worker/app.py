@@ -124,7 +124,7 @@ class WorkerApp:
 
     def _make_models(self) -> Models:
         settings = self._settings
-        store = GrpcModelStore(self._channel)
+        store = GrpcModelStore(self._channel, settings.modelstore_target)
         cache_dir = Path(settings.cache_dir).expanduser()
         sim = settings.engine == "sim"
         return Models(

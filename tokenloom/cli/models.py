@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from pathlib import Path
@@ -19,9 +20,12 @@ from tokenloom.cli.modelstore import Modelstore, Place, connect, explain, find_m
 from tokenloom.contract.models import DIGEST_HEX_MIN
 from tokenloom.kit.errors import CallError
 
+PIPE_COLUMNS = 200
+
 app = typer.Typer(help="Import models and say which version is served.", no_args_is_help=True)
 
-out = Console(highlight=False)
+# Into a pipe nothing is cut: whoever reads it there wants whole digests.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 err = Console(stderr=True, highlight=False)
 
 T = TypeVar("T")

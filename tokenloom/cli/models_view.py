@@ -143,8 +143,8 @@ def details(version: pb.Version, model: pb.Model) -> RenderableType:
     """Everything about one version."""
     manifest = version.manifest
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim")
-    grid.add_column()
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
     bos = str(manifest.bos_token_id) if manifest.HasField("bos_token_id") else "none"
     rows = {
         "model": manifest.name,

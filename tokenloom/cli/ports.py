@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FIRST_PORT = 20_000
@@ -53,15 +53,31 @@ def free_ports(count: int, rng: random.Random, taken: Iterable[int] = ()) -> lis
 
 def holder(port: int) -> str:
     """`name (pid n)` of the process that listens on `port`, or an empty string when it cannot be seen."""
-    inodes = _listening_inodes(port)
+    wanted = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            links = [link.readlink().name for link in (folder / "fd").iterdir()]
-            if any(link == f"socket:[{inode}]" for inode in inodes for link in links):
-                return f"{(folder / 'comm').read_text().strip()} (pid {folder.name})"
-        except OSError:
-            continue  # another user's process, or one that has just ended
+        if wanted and wanted.intersection(_open_files(folder)):
+            return f"{_first_line(folder / 'comm')} (pid {folder.name})"
     return ""
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    """What a process has open; nothing for another user's, or one that has just ended."""
+    try:
+        links = list((process / "fd").iterdir())
+    except OSError:
+        return
+    for link in links:
+        try:
+            yield str(link.readlink())
+        except OSError:
+            continue
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return "?"
 
 
 def _listening_inodes(port: int) -> set[str]:

@@ -96,11 +96,12 @@ def read_recent(path: Path) -> dict[str, Trace]:
 
 def find(path: Path, wanted: str) -> list[Trace]:
     """Traces whose id begins with `wanted`, or that carry it as a request id."""
-    needle = wanted.encode()
+    needles = (wanted.encode(), wanted.lower().encode())
     ids: set[str] = set()
     for file in (path.with_name(path.name + ".1"), path):
         for line in read_lines(file):
-            if needle in line and (span := from_line(line)) and _matches(span, wanted):
+            found = any(needle in line for needle in needles)
+            if found and (span := from_line(line)) and _matches(span, wanted):
                 ids.add(span.trace_id)
     return [load(path, trace_id) for trace_id in sorted(ids)]
 

@@ -118,11 +118,11 @@ class TokenizerText:
 
     def _read_bos(self, config: Mapping[str, object], version: ModelVersion) -> int | None:
         """The beginning-of-text token that plain prompts begin with, where the model wants one."""
-        if config.get("add_bos_token") is not True:
-            return None
+        if version.bos_token_id is not None or config.get("add_bos_token") is not True:
+            return version.bos_token_id
         text = dict(special_tokens(config)).get("bos_token")
         found: int | None = self._tokenizer.token_to_id(text) if text is not None else None
-        return version.bos_token_id if found is None else found
+        return found
 
 
 def _tokenizer(data: bytes) -> Tokenizer:

@@ -45,10 +45,11 @@ def run(job: ConversionJob, on_bytes: weights.OnBytes) -> Converted:
     shape = facts.read_shape(job.label, resolved)
     text = _text(job, source)
     token_facts = text_files.tokenizer_facts(text)
-    stop_ids = facts.stop_token_ids(resolved, text.generation_config, token_facts, shape.vocab_size)
+    # Of what the source says, not of the class's defaults: those name tokens of another model.
+    stop_ids = facts.stop_token_ids(stored, text.generation_config, token_facts, shape.vocab_size)
     writer = ShardWriter(output, job.shard_bytes_max)
     files = weights.write(job.label, _tensors(job, source, expected), expected, job.dtype, writer, on_bytes)
-    files += text_files.write(text, output, stop_ids, resolved)
+    files += text_files.write(text, output, stop_ids, stored)
     text_files.write_json(output / CONFIG, stored)
     weights.check_by_loading(job.label, output, expected, job.dtype)
     found = Facts(

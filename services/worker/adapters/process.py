@@ -25,6 +25,8 @@ from tokenloom.kit.logs import get_logger
 LINGER_S = 1.0
 OUTBOX_BYTES_MAX = 64 * 1024 * 1024
 """Unsent commands beyond which no sequence is submitted any more."""
+LAST_WORDS_S = 0.2
+LAST_WORDS_CHARS = 200
 LINE_CHARS_MAX = 4096
 SOCKET_BYTES = 1024 * 1024
 
@@ -85,9 +87,11 @@ class _EngineProcess(asyncio.Protocol):
         self._cause = ""
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[str] = self._loop.create_future()
-        threading.Thread(target=self._wait, name=f"wait {model}", daemon=True).start()
         assert process.stdout is not None
-        threading.Thread(target=self._pump, args=(process.stdout,), name=f"log {model}", daemon=True).start()
+        self._last_line = ""
+        self._pumping = threading.Thread(target=self._pump, args=(process.stdout,), daemon=True)
+        self._pumping.start()
+        threading.Thread(target=self._wait, name=f"wait {model}", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -129,19 +133,22 @@ class _EngineProcess(asyncio.Protocol):
 
     def _wait(self) -> None:
         status = self._process.wait()
+        # What it said last often says why it ended; a child of its own may hold the pipe for ever.
+        self._pumping.join(LAST_WORDS_S)
         self._from_thread(lambda: self._gone(status))
 
     def _gone(self, status: int) -> None:
         if self._transport is not None:
             self._transport.abort()
         if not self.ended.done():
-            self.ended.set_result(self._cause or _how(status))
+            self.ended.set_result(self._cause or _how(status, self._last_line))
 
     def _pump(self, lines: IO[bytes]) -> None:
         with lines:
             while line := lines.readline(LINE_CHARS_MAX):
                 text = line.decode("utf-8", "replace").rstrip()
                 if text:
+                    self._last_line = text
                     log.info("engine says", model=self._model, pid=self._process.pid, line=text)
 
     def _from_thread(self, callback: Callable[[], None]) -> None:
@@ -152,9 +159,11 @@ class _EngineProcess(asyncio.Protocol):
             return
 
 
-def _how(status: int) -> str:
+def _how(status: int, last_line: str) -> str:
     if status >= 0:
-        return f"exit status {status}"
+        return (
+            f"exit status {status}: {last_line[-200:]}" if status and last_line else f"exit status {status}"
+        )
     try:
         return f"killed by {signal.Signals(-status).name}"
     except ValueError:

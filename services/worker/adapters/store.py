@@ -9,7 +9,7 @@ from loom.modelstore.v1 import modelstore_pb2 as pb
 from loom.modelstore.v1 import modelstore_pb2_grpc
 
 from services.worker.front.ports import FileRef, ModelVersion
-from tokenloom.kit.errors import from_rpc_error
+from tokenloom.kit.errors import CallError, from_rpc_error
 
 ASK_TIMEOUT_S = 10.0
 """For one small question."""
@@ -18,7 +18,8 @@ ASK_TIMEOUT_S = 10.0
 class GrpcModelStore:
     """A client of `loom.modelstore.v1.ModelStoreService`."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, target: str) -> None:
+        self._target = target
         self._stub = modelstore_pb2_grpc.ModelStoreServiceStub(channel)
 
     async def resolve(self, model: str) -> ModelVersion:
@@ -27,7 +28,7 @@ class GrpcModelStore:
             request = pb.ResolveModelRequest(model=model)
             response = await self._stub.ResolveModel(request, timeout=ASK_TIMEOUT_S)
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            raise self._refusal(error) from None
         return to_version(response.version)
 
     async def get_version(self, digest: str) -> ModelVersion:
@@ -36,7 +37,7 @@ class GrpcModelStore:
             request = pb.GetVersionRequest(digest=digest)
             response = await self._stub.GetVersion(request, timeout=ASK_TIMEOUT_S)
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            raise self._refusal(error) from None
         return to_version(response.version)
 
     async def fetch(self, digest: str, offset: int) -> AsyncGenerator[bytes, None]:
@@ -46,9 +47,16 @@ class GrpcModelStore:
             async for message in call:
                 yield message.data
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            raise self._refusal(error) from None
         finally:
             call.cancel()
+
+    def _refusal(self, error: grpc.RpcError) -> CallError:
+        refusal = from_rpc_error(error)
+        if refusal.reason != "SERVICE_UNAVAILABLE":
+            return refusal
+        why = f"the modelstore at {self._target} cannot be reached"
+        return CallError(refusal.reason, why, metadata={"service": "modelstore"})
 
 
 def to_version(version: pb.Version) -> ModelVersion:

@@ -23,7 +23,9 @@ from transformers import AttentionInterface
 from services.worker.engine.layout import Span
 
 IMPLEMENTATION = "tokenloom"
-KNOWN_ARGUMENTS = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "is_causal"})
+KNOWN_ARGUMENTS = frozenset(
+    {"dropout", "position_ids", "use_cache", "output_attentions", "output_router_logits"}
+)
 """Arguments of an attention call that change nothing here."""
 
 

@@ -49,6 +49,11 @@ class Engine:
         """Whether there is no sequence here."""
         return not len(self._scheduler)
 
+    @property
+    def architecture(self) -> str:
+        """The model's class."""
+        return type(self._loaded.model).__name__
+
     def ready(self) -> Ready:
         """What the engine says of itself."""
         shape = self._loaded.shape
@@ -117,6 +122,10 @@ class Engine:
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             decode_tokens_per_s=self._rates.decode_tokens_per_s,
         )
+
+    def forget_rates(self) -> None:
+        """Measured speeds begin anew."""
+        self._rates = Rates()
 
     @torch.inference_mode()
     def _compute(self, plan: Plan) -> Drawn:

@@ -65,7 +65,8 @@ class Worker:
         if resident is None:
             raise not_resident(digest)
         if resident.stage is not Stage.READY:
-            raise self._full(f"model {resident.version.name} is {resident.stage.value}")
+            why = f"is {resident.stage.value}" if resident.error is None else f"failed: {resident.error}"
+            raise self._full(f"model {resident.version.name} {why}")
         return resident
 
     def begin(self, resident: Resident, sequence: Sequence) -> None:

@@ -33,6 +33,12 @@ class House:
     http: aiohttp.ClientSession
     client: openai.AsyncOpenAI
 
+    async def catalogue_changed(self) -> None:
+        """Push the modelstore's catalogue and wait until the gateway has it."""
+        self.gateway.catalogue.arrived.clear()
+        await self.modelstore.change()
+        await self.gateway.catalogue.arrived.wait()
+
 
 @pytest.fixture
 def environ() -> dict[str, str]:

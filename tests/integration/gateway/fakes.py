@@ -18,12 +18,13 @@ LENGTH = inference_pb2.FINISH_REASON_LENGTH
 
 
 class FakeModelstore:
-    """Serves what `add` put in; `changed` pushes the catalogue again."""
+    """Serves what `add` put in; `change` pushes the catalogue again."""
 
     def __init__(self) -> None:
         self.models: dict[str, modelstore_pb2.Model] = {}
         self.blobs: dict[str, bytes] = {}
         self.fetches = 0
+        self._pushes = 0
         self._changed = asyncio.Condition()
         self._server = GrpcServer("127.0.0.1", 0)
         self._server.add(modelstore_pb2.DESCRIPTOR.services_by_name["ModelStoreService"], self)
@@ -50,15 +51,18 @@ class FakeModelstore:
         self.models[name] = model
         return version
 
-    async def changed(self) -> None:
+    async def change(self) -> None:
+        """Push the catalogue as it is now."""
         async with self._changed:
+            self._pushes += 1
             self._changed.notify_all()
 
     async def WatchModels(self, request, call: Call) -> AsyncIterator[modelstore_pb2.WatchModelsResponse]:
         while True:
+            seen = self._pushes
             yield modelstore_pb2.WatchModelsResponse(models=self.models.values())
             async with self._changed:
-                await self._changed.wait()
+                await self._changed.wait_for(lambda seen=seen: self._pushes > seen)
 
     async def FetchBlob(self, request, call: Call) -> AsyncIterator[modelstore_pb2.FetchBlobResponse]:
         self.fetches += 1

@@ -24,6 +24,11 @@ def is_running(pid: int) -> bool:
     return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()[:1] not in ([], ["Z"])
 
 
+def libraries_of(pid: int) -> str:
+    """Every file that a process has mapped."""
+    return _read(f"/proc/{pid}/maps")
+
+
 async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
     """For what no event tells: the state of other processes and of files."""
     async with asyncio.timeout(timeout_s):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import grpc
 import pytest
 from loom.worker.v1 import worker_pb2
 
+from services.worker.adapters.process import ProcessLaunch
 from services.worker.adapters.store import GrpcModelStore
 from services.worker.adapters.weights import WeightCache
 from services.worker.front.ports import FileRef, ModelVersion
@@ -22,7 +24,7 @@ from tests.integration.worker.harness import (
     run_worker,
     serve_store,
 )
-from tests.integration.worker.processes import engines_of, until
+from tests.integration.worker.processes import engines_of, is_running, until
 from tokenloom.kit.channels import open_channel
 from tokenloom.kit.errors import CallError, from_rpc_error
 
@@ -53,6 +55,33 @@ async def test_model_of_the_settings_is_awaited_until_the_store_has_it() -> None
         store.add_sim()
         await worker.ready()
         assert len(await worker.client.tokens(worker.client.request())) == 16
+
+
+async def test_engine_process_that_ends_at_once_says_why() -> None:
+    launch = ProcessLaunch("m", lambda folder: ["-c", "import sys; sys.exit('out of luck')"])
+    link = await launch("", lambda event: None)
+    assert await asyncio.wait_for(link.ended, 10) == "exit status 1: out of luck"
+
+
+async def test_engine_that_speaks_another_protocol_is_killed() -> None:
+    code = "import os, sys, time; os.write(int(sys.argv[2]), b'GET / HTTP/1.1' * 9); time.sleep(60)"
+    link = await ProcessLaunch("m", lambda folder: ["-c", code])("", lambda event: None)
+    assert "another protocol" in await asyncio.wait_for(link.ended, 10)
+    assert not is_running(link.pid)
+
+
+async def test_engine_that_closed_its_socket_but_lives_on_is_killed() -> None:
+    code = "import os, sys, time; os.close(int(sys.argv[2])); time.sleep(60)"
+    link = await ProcessLaunch("m", lambda folder: ["-c", code])("", lambda event: None)
+    assert await asyncio.wait_for(link.ended, 10) == "killed by SIGKILL"
+
+
+async def test_absent_store_is_named_and_awaited() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        target = f"127.0.0.1:{probe.getsockname()[1]}"
+        async with run_worker(ready=False, modelstore_target=target) as worker:
+            await until(lambda: f"the modelstore at {target} cannot be reached" in worker.app.readiness())
 
 
 async def test_model_is_loaded_and_unloaded_by_rpc() -> None:
@@ -129,7 +158,7 @@ async def cache_of(store: FakeModelStore, cache_dir: Path) -> AsyncIterator[Weig
     async with serve_store(store) as target:
         channel = open_channel(target)
         try:
-            yield WeightCache(cache_dir, GrpcModelStore(channel), attempts_max=3)
+            yield WeightCache(cache_dir, GrpcModelStore(channel, target), attempts_max=3)
         finally:
             await channel.close(None)
 

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from tests.integration.worker.harness import Client, FakeModelStore, serve_store
-from tests.integration.worker.processes import engines_of, is_running, until
+from tests.integration.worker.processes import engines_of, is_running, libraries_of, until
 from tokenloom.kit.channels import open_channel
 
 REPOSITORY = Path(__file__).parents[3]
@@ -76,6 +76,8 @@ async def test_sigterm_lets_running_sequences_end_and_exits_with_0() -> None:
         count = len((await call.read()).tokens.token_ids)
         engines = engines_of(process.pid)
         assert len(engines) == 1
+        for pid in (process.pid, *engines):
+            assert "libtorch" not in libraries_of(pid)
         process.send_signal(signal.SIGTERM)
         while (message := await call.read()) is not grpc.aio.EOF:
             count += len(message.tokens.token_ids)

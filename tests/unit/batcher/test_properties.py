@@ -97,7 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(ticket=consumes(tickets), used=st.booleans())
     def stream_ends(self, ticket, used):
-        if self.outcomes.get(ticket) == "refused":
+        if ticket not in self.waiting and ticket not in self.placed:
             assert not self.scheduler.holds(ticket)
             return
         usage = Usage(10, 2, 3) if used else None

@@ -83,6 +83,8 @@ async def test_bos_is_added_to_plain_prompts_and_never_twice(pool):
     by_config = text_of(files_of(byte_level(), config), pool)
     bos = byte_level().token_to_id("<|im_start|>")
     assert (await by_config.encode(TextPrompt("Paris")))[0] == bos
+    by_manifest = text_of(files_of(byte_level()), pool, bos_token_id=5)
+    assert (await by_manifest.encode(TextPrompt("Paris")))[0] == 5
     without = text_of(files_of(byte_level(), {"bos_token": "<|im_start|>"}), pool)
     assert (await without.encode(TextPrompt("Paris")))[0] != bos
 

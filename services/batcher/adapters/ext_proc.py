@@ -1,0 +1,134 @@
+"""Envoy's external-processing messages, and what they mean to the batcher.
+
+The pick travels as a header and as dynamic metadata, as the endpoint-picker convention asks. A
+refusal is an immediate response that a gRPC caller sees as a status with details.
+"""
+
+from __future__ import annotations
+
+import base64
+
+from envoy.config.core.v3 import base_pb2
+from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
+from loom.worker.v1 import worker_pb2
+
+from services.batcher.core.messages import Dispatch, Reject, Request, Usage
+from tokenloom.contract import headers as names
+from tokenloom.contract.headers import HeaderError, RequestHeaders
+from tokenloom.kit.clock import Clock
+from tokenloom.kit.errors import STATUS_DETAILS_KEY, CallError, field_invalid, status_proto
+
+HOLD_MARGIN_S = 1.0
+"""Envoy waits this much longer than the core holds: the refusal must arrive before Envoy gives up."""
+
+# The values of x-llm-d-request-dropped-reason that the convention knows.
+DROPPED = {
+    "QUEUE_FULL": "rejected-saturated",
+    "NO_CAPACITY": "rejected-no-endpoints",
+    "QUEUE_TIMEOUT": "rejected-ttl-expired",
+    "DEADLINE_UNREACHABLE": "rejected-ttl-expired",
+    "DRAINING": "rejected-shutting-down",
+}
+
+_OVERWRITE = base_pb2.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+
+CONTINUE_RESPONSE_HEADERS = pb.ProcessingResponse(response_headers=pb.HeadersResponse())
+CONTINUE_RESPONSE_TRAILERS = pb.ProcessingResponse(response_trailers=pb.TrailersResponse())
+
+
+def pairs(headers: base_pb2.HeaderMap) -> dict[str, str | bytes]:
+    """Envoy's header map; `-bin` values come as their base64 text."""
+    return {h.key: h.raw_value.decode("utf-8", "replace") or h.value for h in headers.headers}
+
+
+def parse_request(headers: base_pb2.HeaderMap, clock: Clock) -> Request:
+    """What the core must know. Raises CallError naming the header that is wrong."""
+    try:
+        parsed = RequestHeaders.parse(pairs(headers))
+    except HeaderError as error:
+        raise field_invalid((error.field, error.why)) from None
+    left_s = (parsed.deadline_unix_ms - clock.unix_ms()) / 1000
+    return Request(
+        request_id=parsed.request_id,
+        model=parsed.model,
+        tenant=parsed.tenant,
+        priority=parsed.priority,
+        arrival_unix_ms=parsed.arrival_unix_ms,
+        deadline=clock.monotonic() + left_s,
+        prompt_tokens=parsed.prompt_tokens,
+        max_new_tokens=parsed.max_new_tokens,
+        attempt=parsed.attempt,
+        prefix=parsed.prefix,
+    )
+
+
+def served_by(headers: base_pb2.HeaderMap) -> str:
+    """The endpoint that answered; empty when the response does not say."""
+    for header in headers.headers:
+        if header.key == names.WORKER:
+            return str(header.raw_value, "ascii", "replace")
+    return ""
+
+
+def usage(trailers: base_pb2.HeaderMap) -> Usage | None:
+    """What the worker says the request cost; None when it does not, or not readably."""
+    for header in trailers.headers:
+        if header.key == names.USAGE_BIN:
+            try:
+                data = base64.b64decode(header.raw_value + b"=" * (-len(header.raw_value) % 4))
+                cost = worker_pb2.Usage.FromString(data)
+            except ValueError:
+                return None
+            return Usage(cost.prompt_tokens, cost.cached_prompt_tokens, cost.completion_tokens)
+    return None
+
+
+def hold(seconds: float) -> pb.ProcessingResponse:
+    """Asks Envoy to wait for the decision."""
+    response = pb.ProcessingResponse()
+    response.override_message_timeout.FromMilliseconds(round((seconds + HOLD_MARGIN_S) * 1000))
+    return response
+
+
+def pick(decision: Dispatch) -> pb.ProcessingResponse:
+    """Send the request to the endpoint that was chosen."""
+    response = pb.ProcessingResponse()
+    mutation = response.request_headers.response.header_mutation
+    for key, value in (
+        (names.DESTINATION, decision.endpoint),
+        (names.LEASE, decision.lease_id),
+        (names.QUEUED_MS, str(round(decision.waited_s * 1000))),
+    ):
+        option = mutation.set_headers.add(append_action=_OVERWRITE)
+        option.header.key = key
+        option.header.raw_value = value.encode()
+    mutation.remove_headers.append(names.PREFIX_BIN)
+    lb = response.dynamic_metadata.fields["envoy.lb"].struct_value
+    lb.fields[names.DESTINATION].string_value = decision.endpoint
+    return response
+
+
+def refuse(error: CallError) -> pb.ProcessingResponse:
+    """Answer the caller now."""
+    status = status_proto(error)
+    response = pb.ProcessingResponse()
+    immediate = response.immediate_response
+    immediate.status.code = error.http_status
+    immediate.grpc_status.status = status.code
+    immediate.body = status.message.encode()
+    details = base64.b64encode(status.SerializeToString()).rstrip(b"=")
+    added = [(STATUS_DETAILS_KEY, details)]
+    if error.reason in DROPPED:
+        added.append((names.DROPPED_REASON, DROPPED[error.reason].encode()))
+    for key, value in added:
+        option = immediate.headers.set_headers.add(append_action=_OVERWRITE)
+        option.header.key = key
+        option.header.raw_value = value
+    return response
+
+
+def refusal(decision: Reject) -> CallError:
+    """The core's refusal as the error that travels."""
+    return CallError(
+        decision.reason, decision.message, metadata=decision.metadata, retry_after_s=decision.retry_after_s
+    )

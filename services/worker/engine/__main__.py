@@ -1,0 +1,49 @@
+"""`python -m services.worker.engine --fd N --config JSON`: one model's engine on an inherited socket.
+
+torch is imported only after the configuration was read and the threads' manners are set: libraries read
+them from the environment once, when they are loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+
+from services.worker.engine.config import ConfigError, decode_config
+
+EXIT_CONFIG = 78
+"""`EX_CONFIG` of sysexits.h."""
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main() -> int:
+    """The exit status: 0 when the front ended it, 1 when the engine could not start (it said why)."""
+    parser = argparse.ArgumentParser(prog="services.worker.engine")
+    parser.add_argument("--fd", type=int, required=True, help="an inherited, connected UNIX socket")
+    parser.add_argument("--config", required=True, help="an EngineConfig as JSON")
+    arguments = parser.parse_args()
+    try:
+        config = decode_config(arguments.config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CONFIG
+    os.environ.update(ENVIRONMENT)
+    from services.worker.engine.loop import EngineLoop
+    from services.worker.engine.threads import use_threads
+
+    use_threads(config.threads)
+    os.set_inheritable(arguments.fd, False)
+    with socket.socket(fileno=arguments.fd) as sock:
+        return 0 if EngineLoop(sock, config).run() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The first steps, so that no request pays for what a first run costs: kernels, buffers, page faults."""
+
+from __future__ import annotations
+
+import torch
+
+from services.worker.engine.attention import UnknownArgument
+from services.worker.engine.engine import Engine
+from services.worker.engine.errors import EngineError, load_failed, unsupported
+from services.worker.protocol import Sampling, Submit
+
+STEPS = 4
+SEQUENCES = 4
+PROMPT_TOKENS_MAX = 128
+
+
+def warm_up(engine: Engine) -> None:
+    """A few sequences of both kinds of sampling, forgotten afterwards. Raises EngineError."""
+    limits = engine.limits
+    length = max(1, min(PROMPT_TOKENS_MAX, limits.context_length // 2, limits.step_tokens_max))
+    names = [f"warm-up-{number}" for number in range(min(SEQUENCES, limits.sequences_max))]
+    for number, name in enumerate(names):
+        sampling = Sampling(temperature=float(number % 2), top_p=0.9, seed=number)
+        engine.submit(Submit(name, [0] * length, [], STEPS, 0, [], sampling))
+    try:
+        for _ in range(STEPS):
+            if not engine.idle:
+                engine.step()
+    except UnknownArgument as error:
+        raise unsupported(engine.architecture, str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise EngineError("MODEL_TOO_LARGE", f"the first steps ran out of memory: {error}") from error
+    except RuntimeError as error:
+        raise load_failed(f"the first steps failed: {error}") from error
+    for name in names:
+        engine.cancel(name)
+    engine.forget_rates()

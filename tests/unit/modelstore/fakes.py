@@ -1,0 +1,65 @@
+"""Fakes for imports: a converter without torch, and objects that stop in the middle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+
+from services.modelstore.adapters.memory import MemoryObjects
+from services.modelstore.core.ports import ConversionJob, Converted, Progress
+from tests.unit.modelstore.made import facts
+
+
+class FakeConverter:
+    """Copies the source's bytes into a `model.safetensors` of its own."""
+
+    def __init__(self) -> None:
+        self.jobs: list[ConversionJob] = []
+        self.version = "1"
+        self.staged: list[str] = []
+
+    def versions(self) -> Mapping[str, str]:
+        return {"converter": self.version}
+
+    async def convert(self, job: ConversionJob) -> AsyncGenerator[Progress | Converted, None]:
+        self.jobs.append(job)
+        yield Progress("convert", 0, 10)
+        self._write(job, Path(job.output_dir))
+        yield Progress("convert", 10, 10)
+        yield Converted(facts(dtype=job.dtype).to_json(), ["model.safetensors", "config.json"])
+
+    def _write(self, job: ConversionJob, output: Path) -> None:
+        self.staged = sorted(os.listdir(job.source))
+        content = b"".join(Path(job.source, name).read_bytes() for name in self.staged)
+        (output / "model.safetensors").write_bytes(job.dtype.encode() + content)
+        (output / "config.json").write_bytes(b"{}")
+
+
+class Killed(Exception):
+    """The process ended here, as far as the objects are concerned."""
+
+
+class MortalObjects(MemoryObjects):
+    """Dies at the write number `writes_left`."""
+
+    def __init__(self, writes_left: int) -> None:
+        super().__init__()
+        self._writes_left = writes_left
+
+    def _write(self) -> None:
+        if self._writes_left == 0:
+            raise Killed
+        self._writes_left -= 1
+
+    async def create(self, path: str, data: bytes) -> bool:
+        self._write()
+        return await super().create(path, data)
+
+    async def put(self, path: str, data: bytes) -> None:
+        self._write()
+        await super().put(path, data)
+
+    async def adopt(self, path: str, file: str) -> None:
+        self._write()
+        await super().adopt(path, file)
