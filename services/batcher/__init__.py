@@ -1,0 +1,11 @@
+"""Batcher: the batching queue. It decides who runs next, where, and who is refused.
+
+Envoy asks it once a request, through its own ext_proc contract, and waits: a request stays in the
+batcher, not in a worker, until a worker can start it now. Tokens never pass through here.
+
+`core/` holds all decisions, without I/O: events and the time in, effects out. `driver.py` performs the
+effects, `servicer.py` translates the gRPC contracts, `adapters/` speak to Envoy and to the workers.
+
+Replicas share nothing. Each learns from the workers' pushed reports what they can take, and orders by
+the request's own arrival time; a worker that two replicas chose at once refuses one of the requests.
+"""

@@ -1,4 +1,4 @@
-"""`python -m services.batcher`."""
+"""`python -m services.batcher`: one replica of the batching queue."""
 
 from services.batcher.app import build
 from services.batcher.settings import BatcherSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 
 from envoy.service.ext_proc.v3 import external_processor_pb2
@@ -9,68 +10,93 @@ from loom.batcher.v1 import batcher_pb2
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from services.batcher.adapters.discovery import parse_workers
+from services.batcher.adapters.health import HealthPort
 from services.batcher.adapters.watch import GrpcFleetWatch
 from services.batcher.core.scheduler import Scheduler
 from services.batcher.driver import Driver
-from services.batcher.metrics import BatcherMetrics, StateCollector
-from services.batcher.servicer import BatcherServicer, ExternalProcessorServicer
+from services.batcher.metrics import BatcherMetrics
+from services.batcher.servicer import BatcherServicer, ExternalProcessor
 from services.batcher.settings import BatcherSettings
 from tokenloom.kit.clock import SystemClock
+from tokenloom.kit.logs import get_logger
 from tokenloom.kit.server import GrpcServer
 
-EXT_PROC = external_processor_pb2.DESCRIPTOR.services_by_name["ExternalProcessor"]
-BATCHER = batcher_pb2.DESCRIPTOR.services_by_name["BatcherService"]
-HEALTH_NAMES = ("liveness", "readiness", EXT_PROC.full_name)
-"""What endpoint pickers are asked for."""
+EXT_PROC_SERVICE = external_processor_pb2.DESCRIPTOR.services_by_name["ExternalProcessor"]
+BATCHER_SERVICE = batcher_pb2.DESCRIPTOR.services_by_name["BatcherService"]
 STOP_GRACE_S = 0.5
+"""For refusals that are on their way when everything else has ended."""
+
+log = get_logger(__name__)
 
 
 class BatcherApp:
     """One batcher process, as `tokenloom.kit.service.run` starts and stops it."""
 
     def __init__(self, settings: BatcherSettings, registry: CollectorRegistry = REGISTRY) -> None:
-        clock = SystemClock()
-        scheduler = Scheduler(settings.limits(), lease_prefix=uuid.uuid4().hex[:8])
-        self.driver = Driver(scheduler, clock, BatcherMetrics(registry))
-        registry.register(StateCollector(scheduler))
-        self._watch = GrpcFleetWatch(
-            parse_workers(settings.workers), f"batcher {settings.name}", settings.discovery_interval_s
-        )
-        self._server = GrpcServer(settings.host, settings.port)
-        self._server.add(EXT_PROC, ExternalProcessorServicer(self.driver, clock), quiet={"Process"})
-        quiet = {"WatchState", "WatchRequest"}
-        self._server.add(BATCHER, BatcherServicer(self.driver, clock), quiet=quiet)
-        self._health = GrpcServer(settings.host, settings.health_port)
-        self._health.answer_health_for(*HEALTH_NAMES)
+        self._settings = settings
+        self._registry = registry
+        self._started = False
         self.port = 0
+        """The bound port of ext_proc and BatcherService, once started."""
         self.health_port = 0
 
     async def start(self) -> None:
-        """Bind, serve, and look for workers. Raises OSError when a port is taken."""
+        """Bind the ports and look for workers. Raises OSError when a port is taken."""
+        settings, clock = self._settings, SystemClock()
+        scheduler = Scheduler(settings.limits(), f"{settings.name}-{uuid.uuid4().hex[:8]}")
+        self._metrics = BatcherMetrics(self._registry)
+        self._metrics.watch(scheduler)
+        self._driver = Driver(scheduler, clock, self._metrics, watchers_max=settings.watchers_max)
+        self._fleet = GrpcFleetWatch(
+            parse_workers(settings.workers), settings.name, settings.discovery_interval_s
+        )
+        self._server = GrpcServer(settings.host, settings.port)
+        self._server.add(
+            EXT_PROC_SERVICE, ExternalProcessor(self._driver, clock, self._metrics), quiet={"Process"}
+        )
+        self._server.add(
+            BATCHER_SERVICE,
+            BatcherServicer(self._driver, clock),
+            quiet={"GetState", "WatchState", "WatchRequest"},
+        )
+        self._health = HealthPort(settings.host, settings.health_port)
+        self._started = True
         self.port = await self._server.start()
         self.health_port = await self._health.start()
-        self._watch.start(self.driver)
-        for server in (self._server, self._health):
-            await server.set_serving(True)
+        self._fleet.start(self._driver)
+        await self._server.set_serving(True)
+        await self._health.set_ready(True)
+        log.info("batcher listens", port=self.port, health_port=self.health_port, workers=settings.workers)
 
     def readiness(self) -> str:
-        """Ready once discovery answered: requests for workers that come later are held."""
-        return "" if self._watch.discovered else "workers were not discovered yet"
+        """Empty when new requests are taken and the workers were looked for once."""
+        if not self._started or not self._fleet.discovered:
+            return "starting"
+        return "draining" if self._driver.draining else ""
 
     async def drain(self, grace_s: float) -> None:
-        """Refuse new requests, place those that wait, and let leases end."""
-        await self._health.set_serving(False)
-        self.driver.drain()
-        await self.driver.drained(grace_s)
+        """Refuse new requests; return when nobody waits, or after `grace_s`."""
+        remaining = self._driver.drain()
+        await self._health.set_ready(False)
+        await self._server.set_serving(False)
+        log.info("draining", waiting=remaining)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._driver.drained()
+        except TimeoutError:
+            log.warning("requests still wait at the end of the drain; they are refused")
 
     async def close(self) -> None:
-        """Refuse what still waits and free everything."""
-        self.driver.close()
-        await self._watch.close()
+        """Refuse what still waits, and free everything."""
+        if not self._started:
+            return
+        self._driver.close()
         await self._server.stop(STOP_GRACE_S)
-        await self._health.stop(0)
+        await self._fleet.close()
+        await self._health.close()
+        self._metrics.close()
 
 
 def build(settings: BatcherSettings) -> BatcherApp:
-    """For `run`."""
+    """The batcher of these settings, not started yet."""
     return BatcherApp(settings)

@@ -1,16 +1,13 @@
-"""Puts the core to work: gives it events and the time, and performs the effects that it returns.
+"""Performs what the scheduler decides: wakes held streams, keeps its timer, tells metrics and watchers.
 
-It decides nothing. Everything runs on one event loop, so the core needs no lock. Bound: refusals are
-remembered for `WatchRequest`, at most `REFUSALS_KEPT_MAX`.
+It decides nothing about requests. Everything here runs on one event loop and no method that the
+ext_proc streams call ever waits. Bounds: those of the scheduler's `Limits`; one timer in all;
+`watchers_max` in `watchers.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
-from collections import OrderedDict
-from collections.abc import Iterable
 
 from services.batcher.core.messages import (
     Dispatch,
@@ -25,164 +22,178 @@ from services.batcher.core.messages import (
 from services.batcher.core.scheduler import Scheduler
 from services.batcher.core.snapshot import Place, Snapshot
 from services.batcher.metrics import BatcherMetrics
+from services.batcher.stay import Stay
+from services.batcher.watchers import Watchers
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.logs import get_logger
 
-REFUSALS_KEPT_MAX = 4096
-LEASES_SHOWN_MAX = 1000
+TIMER_MIN_S = 0.001
+"""The event loop's clock has milliseconds: a shorter timer would come up too early and spin."""
 
-Decision = Dispatch | Reject
 log = get_logger(__name__)
 
 
-class Stay:
-    """One request's stay at this replica, from its arrival to the end of its stream."""
-
-    __slots__ = ("decision", "ticket", "waiter")
-
-    def __init__(self, ticket: int) -> None:
-        self.ticket = ticket
-        self.decision: Decision | None = None
-        self.waiter: asyncio.Future[Decision] | None = None
-
-
 class Driver:
-    """One scheduler on one event loop. It is the `FleetListener` of the workers' reports."""
+    """The scheduler, running. It is the `FleetListener` of the workers' streams."""
 
-    def __init__(self, scheduler: Scheduler, clock: Clock, metrics: BatcherMetrics) -> None:
+    def __init__(
+        self, scheduler: Scheduler, clock: Clock, metrics: BatcherMetrics, *, watchers_max: int
+    ) -> None:
         self._scheduler = scheduler
         self._clock = clock
         self._metrics = metrics
-        self._tickets = itertools.count(1)
-        self._stays: dict[int, Stay] = {}
-        self._refused: OrderedDict[str, Reject] = OrderedDict()
-        self._idle: asyncio.Event | None = None
+        self._held: dict[int, Stay] = {}
+        """Those not decided yet, by ticket."""
+        self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = float("inf")
+        self._timer_due = 0.0
+        self._emptied = asyncio.Event()
+        self.watchers = Watchers(self.place_of, watchers_max)
+        self.revision = 0
+        """Grows with everything that happens."""
 
-    # Requests, as the ext_proc stream tells of them.
+    # Requests.
 
-    def arrive(self, request: Request) -> Stay:
-        """A request came. Its decision is there at once, or `waiter` will have it."""
-        stay = Stay(next(self._tickets))
-        self._stays[stay.ticket] = stay
-        self._perform(self._scheduler.request_arrived(stay.ticket, request, self._clock.monotonic()))
-        if stay.decision is None:
-            stay.waiter = asyncio.get_running_loop().create_future()
+    def arrived(self, request: Request) -> Stay:
+        """A request wants a worker; it may be decided at once."""
+        now_ns = self._clock.unix_ns()
+        self._tickets += 1
+        stay = Stay(self._tickets, request, now_ns)
+        self._held[stay.ticket] = stay
+        self._perform(self._scheduler.request_arrived(stay.ticket, request, self._clock.monotonic()), now_ns)
+        self.watchers.arrived(request.request_id)
         return stay
 
-    def hold_limit_s(self, request: Request) -> float:
-        """The longest that this request may be held from now on."""
-        return self._scheduler.hold_limit_s(request, self._clock.monotonic())
+    def hold_limit_s(self, stay: Stay) -> float:
+        """The longest that it may be held from now on."""
+        return self._scheduler.hold_limit_s(stay.request, self._clock.monotonic())
 
-    def response_seen(self, stay: Stay, served_by: str) -> None:
+    def answered(self, stay: Stay, served_by: str) -> None:
         """Response headers came by."""
         if self._scheduler.holds(stay.ticket):
-            self._perform(self._scheduler.response_seen(stay.ticket, served_by, self._clock.monotonic()))
+            begun_ns = self._clock.unix_ns()
+            now = self._clock.monotonic()
+            self._perform(self._scheduler.response_seen(stay.ticket, served_by, now), begun_ns)
+            if not self._scheduler.holds(stay.ticket):
+                self._left(stay)
 
     def ended(self, stay: Stay, usage: Usage | None) -> None:
-        """The stream ended, whatever the cause. Safe to call for every stay, once."""
-        self._stays.pop(stay.ticket, None)
+        """Its stream is over, whatever the cause. Also called for a request that was refused."""
         if self._scheduler.holds(stay.ticket):
-            waiting = stay.decision is None
-            self._perform(self._scheduler.stream_ended(stay.ticket, usage, self._clock.monotonic()))
-            if waiting:
-                self._metrics.cancelled()
+            begun_ns = self._clock.unix_ns()
+            now = self._clock.monotonic()
+            self._perform(self._scheduler.stream_ended(stay.ticket, usage, now), begun_ns)
+            if stay.decision is None:
+                self._left(stay)
             else:
-                self._metrics.completed(usage)
+                self._metrics.ended(usage)
 
-    # Workers, as the watch tells of them.
+    def _left(self, stay: Stay) -> None:
+        """It went while it was waiting."""
+        del self._held[stay.ticket]
+        self._metrics.cancelled.inc()
+        self.watchers.left(stay.request.request_id)
+        self._note_emptied()
+
+    # Workers: the FleetListener.
 
     def found(self, endpoint: str) -> None:
         self._scheduler.worker_found(endpoint)
+        log.info("worker found", worker=endpoint)
 
     def reported(self, endpoint: str, report: LoadReport) -> None:
-        self._perform(self._scheduler.load_reported(endpoint, report, self._clock.monotonic()))
+        now_ns = self._clock.unix_ns()
+        self._metrics.reports.inc()
+        self._perform(self._scheduler.load_reported(endpoint, report, self._clock.monotonic()), now_ns)
 
     def lost(self, endpoint: str) -> None:
-        self._perform(self._scheduler.worker_lost(endpoint, self._clock.monotonic()))
+        now_ns = self._clock.unix_ns()
+        self._perform(self._scheduler.worker_lost(endpoint, self._clock.monotonic()), now_ns)
 
     def removed(self, endpoint: str) -> None:
-        self._perform(self._scheduler.worker_removed(endpoint, self._clock.monotonic()))
-
-    # For people.
-
-    def snapshot(self) -> Snapshot:
-        """This replica's state now."""
-        return self._scheduler.snapshot(self._clock.monotonic(), LEASES_SHOWN_MAX)
-
-    def place_of(self, request_id: str) -> Place | Reject | None:
-        """Where a request is, or how it was refused; None when it is not known (any more)."""
-        place = self._scheduler.place_of(request_id, self._clock.monotonic())
-        return place if place is not None else self._refused.get(request_id)
-
-    @property
-    def waiting(self) -> int:
-        """Requests in all queues."""
-        return self._scheduler.waiting
+        now_ns = self._clock.unix_ns()
+        self._perform(self._scheduler.worker_removed(endpoint, self._clock.monotonic()), now_ns)
+        log.info("worker removed", worker=endpoint)
 
     # The end.
 
     def drain(self) -> int:
-        """Refuse new requests; how many still wait."""
+        """Refuse new requests from now on; how many still wait."""
         self._scheduler.drain()
         return self._scheduler.waiting
 
-    async def drained(self, grace_s: float) -> None:
-        """Returns when nothing waits and no lease is open, or after `grace_s`."""
-        if self._busy():
-            self._idle = asyncio.Event()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), grace_s)
+    async def drained(self) -> None:
+        """Returns when nobody waits any more."""
+        while self._held:
+            self._emptied.clear()
+            await self._emptied.wait()
 
     def close(self) -> None:
-        """Refuse what still waits, and stop the clock."""
-        self._perform(self._scheduler.close(self._clock.monotonic()))
+        """Refuse what still waits, and stop the timer."""
+        self._perform(self._scheduler.close(self._clock.monotonic()), self._clock.unix_ns())
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+
+    # What others may know.
+
+    @property
+    def draining(self) -> bool:
+        return self._scheduler.draining
+
+    def place_of(self, request_id: str) -> Place | None:
+        """Where the newest request of this id is."""
+        return self._scheduler.place_of(request_id, self._clock.monotonic())
+
+    def snapshot(self, leases_max: int) -> Snapshot:
+        """Everything, for people."""
+        return self._scheduler.snapshot(self._clock.monotonic(), leases_max)
 
     # Inside.
 
-    def _busy(self) -> bool:
-        return bool(self._scheduler.waiting or self._scheduler.leased)
-
-    def _perform(self, effects: Iterable[Effect]) -> None:
+    def _perform(self, effects: list[Effect], begun_ns: int) -> None:
+        self.revision += 1
         for effect in effects:
             if isinstance(effect, (Dispatch, Reject)):
-                self._decide(effect)
+                self._decide(effect, begun_ns)
             elif isinstance(effect, ServedElsewhere):
-                self._metrics.served_elsewhere()
-                log.info("served elsewhere", picked=effect.picked, served_by=effect.served_by)
-            elif isinstance(effect, WorkerTurned):
-                log.info("worker turned", worker=effect.endpoint, state=effect.state)
-        if self._idle is not None and not self._busy():
-            self._idle.set()
-        self._arm()
+                self._metrics.served_elsewhere.inc()
+                log.debug("served elsewhere", picked=effect.picked, served_by=effect.served_by)
+            else:
+                self._turned(effect)
+        self._note_emptied()
+        self._set_timer()
 
-    def _decide(self, decision: Decision) -> None:
-        self._metrics.decided(decision)
-        if isinstance(decision, Reject):
-            self._refused[decision.request.request_id] = decision
-            if len(self._refused) > REFUSALS_KEPT_MAX:
-                self._refused.popitem(last=False)
-        stay = self._stays.get(decision.ticket)
-        if stay is None:
-            return
-        stay.decision = decision
-        if stay.waiter is not None and not stay.waiter.done():
-            stay.waiter.set_result(decision)
+    def _note_emptied(self) -> None:
+        if not self._held:
+            self._emptied.set()
 
-    def _arm(self) -> None:
-        """Keep one timer, for the earliest thing that is due."""
-        due = self._scheduler.next_wake()
-        if due is None or due >= self._timer_at:
+    def _decide(self, decision: Dispatch | Reject, begun_ns: int) -> None:
+        stay = self._held.pop(decision.ticket)
+        stay.decide(decision, max(begun_ns, stay.arrived_ns), self._clock.unix_ns())
+        if isinstance(decision, Dispatch):
+            self._metrics.dispatched.inc()
+            self._metrics.queue_seconds.observe(decision.waited_s)
+        else:
+            self._metrics.requests.labels(decision.reason).inc()
+        self.watchers.decided(decision)
+
+    def _turned(self, effect: WorkerTurned) -> None:
+        self._metrics.turned.labels(effect.state).inc()
+        say = log.debug if effect.state == "stale" else log.info
+        say("worker turned", worker=effect.endpoint, state=effect.state)
+
+    def _set_timer(self) -> None:
+        """Keep one timer, at the scheduler's next wake or earlier."""
+        wake = self._scheduler.next_wake()
+        if wake is None or (self._timer is not None and self._timer_due <= wake):
             return
         if self._timer is not None:
             self._timer.cancel()
-        delay_s = max(due - self._clock.monotonic(), 0.0)
-        self._timer_at = due
+        delay_s = max(wake - self._clock.monotonic(), TIMER_MIN_S)
+        self._timer_due = wake
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
 
     def _tick(self) -> None:
-        self._timer, self._timer_at = None, float("inf")
-        self._perform(self._scheduler.tick(self._clock.monotonic()))
+        self._timer = None
+        self._perform(self._scheduler.tick(self._clock.monotonic()), self._clock.unix_ns())

@@ -1,175 +1,146 @@
-"""`ExternalProcessor` for Envoy and `BatcherService` for people: translation, no decisions."""
+"""gRPC in, driver out: translates `ExternalProcessor` and `loom.batcher.v1`, and decides nothing."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from contextlib import aclosing
 
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext
 from loom.batcher.v1 import batcher_pb2 as pb
-from opentelemetry.context import Context
 
-from services.batcher.adapters import ext_proc, views
-from services.batcher.core.messages import Dispatch, Reject, Usage
-from services.batcher.driver import Decision, Driver, Stay
-from tokenloom.kit import telemetry
+from services.batcher.adapters import ext_proc, spans, views
+from services.batcher.core.messages import Reject, Usage
+from services.batcher.driver import Driver
+from services.batcher.metrics import BatcherMetrics
+from services.batcher.stay import Stay
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import CallError, field_invalid
 from tokenloom.kit.server import Call
 
+LEASES_MAX = 1_000
+"""Leases that a state lists."""
 INTERVAL_DEFAULT_MS = 1_000
 INTERVAL_MIN_MS = 20
 INTERVAL_MAX_MS = 60_000
-REQUEST_POLL_S = 0.05
-ARRIVAL_WAIT_S = 1.0
-"""How long `WatchRequest` waits for a request that did not arrive yet."""
 
-Requests = AsyncIterator[ext.ProcessingRequest]
-Responses = AsyncIterator[ext.ProcessingResponse]
+Messages = AsyncIterator[ext.ProcessingRequest]
 
 
-class ExternalProcessorServicer:
-    """One stream a request. Its end, whatever the cause, ends the request's stay here."""
+class ExternalProcessor:
+    """`envoy.service.ext_proc.v3.ExternalProcessor`: one stream for each request that Envoy carries."""
 
-    def __init__(self, driver: Driver, clock: Clock) -> None:
+    def __init__(self, driver: Driver, clock: Clock, metrics: BatcherMetrics) -> None:
         self._driver = driver
         self._clock = clock
+        self._metrics = metrics
 
-    async def Process(self, requests: Requests, call: Call) -> Responses:
-        incoming = _Incoming(requests)
-        stay: Stay | None = None
+    async def Process(self, requests: Messages, call: Call) -> AsyncIterator[ext.ProcessingResponse]:
+        """Hold the request, name its worker, and follow it to its end: the stream's end ends the lease."""
+        first = await anext(requests, None)
+        if first is None:
+            return
+        try:
+            request = ext_proc.parse_request(first, self._clock)
+        except CallError as error:
+            self._metrics.malformed.inc()
+            yield ext_proc.refuse(error)
+            return
+        stay = self._driver.arrived(request)
+        ahead: asyncio.Task[ext.ProcessingRequest | None] | None = None
         usage: Usage | None = None
         try:
-            while (message := await incoming.next()) is not None:
-                kind = message.WhichOneof("request")
-                if kind == "request_headers":
-                    begun_ns = self._clock.unix_ns()
-                    try:
-                        request = ext_proc.parse_request(message.request_headers.headers, self._clock)
-                    except CallError as error:
-                        yield ext_proc.refuse(error)
-                        return
-                    stay = self._driver.arrive(request)
-                    decision = stay.decision
-                    if decision is None:
-                        yield ext_proc.hold(self._driver.hold_limit_s(request))
-                        decision = await incoming.unless_it_ends(stay.waiter)
-                        if decision is None:
-                            return
-                    self._trace(call.context, decision, begun_ns)
-                    if isinstance(decision, Reject):
-                        yield ext_proc.refuse(ext_proc.refusal(decision))
-                        return
-                    yield ext_proc.pick(decision)
-                elif kind == "response_headers":
-                    if stay is not None:
-                        served_by = ext_proc.served_by(message.response_headers.headers)
-                        self._driver.response_seen(stay, served_by)
-                    yield ext_proc.CONTINUE_RESPONSE_HEADERS
-                elif kind == "response_trailers":
-                    usage = ext_proc.usage(message.response_trailers.trailers)
-                    yield ext_proc.CONTINUE_RESPONSE_TRAILERS
+            decision = stay.decision
+            if decision is None:
+                yield ext_proc.hold(self._driver.hold_limit_s(stay))
+                ahead = _read_ahead(requests, stay)
+                decision = await stay.wait()
+            if isinstance(decision, Reject):
+                yield ext_proc.refuse(ext_proc.refusal(decision))
+                return
+            if decision is not None:
+                yield ext_proc.pick(decision)
+            while True:
+                message = await (ahead if ahead is not None else anext(requests, None))
+                ahead = None
+                if message is None:
+                    return
+                usage = self._note(stay, message) or usage
+                yield ext_proc.go_on(message)
         finally:
-            if stay is not None:
-                self._driver.ended(stay, usage)
-            await incoming.close()
+            _drop(ahead)
+            self._driver.ended(stay, usage)
+            spans.record(stay, call.context, self._clock.unix_ns())
 
-    def _trace(self, context: Context, decision: Decision, begun_ns: int) -> None:
-        """`queue` is the wait, `pick` what it took to decide and answer once it could be decided."""
-        now_ns = self._clock.unix_ns()
-        queued_ns = min(begun_ns + int(decision.waited_s * 1e9), now_ns)
-        request = decision.request
-        telemetry.record(
-            "queue",
-            begun_ns,
-            queued_ns,
-            context,
-            {"loom.request_id": request.request_id, "loom.tenant": request.tenant},
-        )
-        if isinstance(decision, Dispatch):
-            found = {"loom.endpoint": decision.endpoint, "loom.lease": decision.lease_id}
-            telemetry.record("pick", queued_ns, now_ns, context, found)
-        else:
-            why = {"error.type": decision.reason}
-            telemetry.record("pick", queued_ns, now_ns, context, why, error=decision.message)
+    def _note(self, stay: Stay, message: ext.ProcessingRequest) -> Usage | None:
+        """What passes by on the way back: who answered, and at the end what it cost."""
+        kind = message.WhichOneof("request")
+        if kind == "response_headers":
+            self._driver.answered(stay, ext_proc.served_by(message.response_headers.headers))
+        elif kind == "response_trailers":
+            return ext_proc.usage(message.response_trailers.trailers)
+        return None
 
 
-class _Incoming:
-    """Envoy's messages. A read that has begun is kept for later, because giving it up ends the stream."""
+def _read_ahead(requests: Messages, stay: Stay) -> asyncio.Task[ext.ProcessingRequest | None]:
+    """Read while the request is held: whatever comes, the wait is over. A caller that leaves may show as
+    nothing but the end of Envoy's half of the stream."""
 
-    def __init__(self, requests: Requests) -> None:
-        self._requests = requests
-        self._begun: asyncio.Future[ext.ProcessingRequest | None] | None = None
+    async def read() -> ext.ProcessingRequest | None:
+        return await anext(requests, None)
 
-    async def next(self) -> ext.ProcessingRequest | None:
-        """The next message; None when Envoy ended the stream."""
-        begun, self._begun = self._begun, None
-        return await (begun if begun is not None else anext(self._requests, None))
+    task = asyncio.create_task(read())
+    task.add_done_callback(lambda _: stay.wake())
+    return task
 
-    async def unless_it_ends(self, waiter: asyncio.Future[Decision] | None) -> Decision | None:
-        """The decision, or None when Envoy ended the stream first: its caller left."""
-        assert waiter is not None
-        self._begun = asyncio.ensure_future(anext(self._requests, None))
-        both: set[asyncio.Future[Any]] = {self._begun, waiter}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        return waiter.result() if waiter.done() else None
 
-    async def close(self) -> None:
-        """Give up what was begun."""
-        if self._begun is not None:
-            self._begun.cancel()
-            await asyncio.gather(self._begun, return_exceptions=True)
+def _drop(task: asyncio.Task[ext.ProcessingRequest | None] | None) -> None:
+    """Nobody will await it any more."""
+    if task is None or task.cancel() or task.cancelled():
+        return
+    task.exception()
 
 
 class BatcherServicer:
-    """What the command line, a console or a person debugging asks."""
+    """`loom.batcher.v1.BatcherService`."""
 
     def __init__(self, driver: Driver, clock: Clock) -> None:
         self._driver = driver
         self._clock = clock
 
-    async def GetState(self, _: pb.GetStateRequest, __: Call) -> pb.GetStateResponse:
+    async def GetState(self, request: pb.GetStateRequest, call: Call) -> pb.GetStateResponse:
+        """Queues, workers and leases now."""
         return pb.GetStateResponse(state=self._state())
 
     async def WatchState(
-        self, request: pb.WatchStateRequest, _: Call
+        self, request: pb.WatchStateRequest, call: Call
     ) -> AsyncIterator[pb.WatchStateResponse]:
+        """The same again after each interval in which anything happened."""
         interval_ms = request.interval_ms or INTERVAL_DEFAULT_MS
         if not INTERVAL_MIN_MS <= interval_ms <= INTERVAL_MAX_MS:
-            raise field_invalid(("interval_ms", f"must be from {INTERVAL_MIN_MS} to {INTERVAL_MAX_MS}"))
+            bounds = f"must be {INTERVAL_MIN_MS} to {INTERVAL_MAX_MS:,} ms, not {interval_ms}"
+            raise field_invalid(("interval_ms", bounds))
+        seen = -1
         while True:
-            yield pb.WatchStateResponse(state=self._state())
+            if seen != self._driver.revision:
+                seen = self._driver.revision
+                yield pb.WatchStateResponse(state=self._state())
             await asyncio.sleep(interval_ms / 1000)
 
     async def WatchRequest(
-        self, request: pb.WatchRequestRequest, _: Call
+        self, request: pb.WatchRequestRequest, call: Call
     ) -> AsyncIterator[pb.WatchRequestResponse]:
+        """Places while it waits, then how that ended."""
         if not request.request_id:
-            raise field_invalid(("request_id", "is empty: give the x-request-id of a request"))
-        waited_s = 0.0
-        last = None
-        while True:
-            place = self._driver.place_of(request.request_id)
-            if place is None:
-                if last is not None:
-                    return
-                if waited_s >= ARRIVAL_WAIT_S:
-                    metadata = {"request_id": request.request_id}
-                    raise CallError("REQUEST_NOT_FOUND", "no such request here", metadata=metadata)
-            else:
-                event = views.event(place)
-                shown = views.without_time(event)
-                if shown != last:
-                    yield event
-                    last = shown
-                if event.WhichOneof("event") in ("dispatched", "refused"):
-                    return
-            await asyncio.sleep(REQUEST_POLL_S)
-            waited_s += REQUEST_POLL_S
+            raise field_invalid(("request_id", "is empty"))
+        async with aclosing(self._driver.watchers.follow(request.request_id)) as told:
+            async for what in told:
+                for response in views.news(what):
+                    yield response
 
-    async def Drain(self, _: pb.DrainRequest, __: Call) -> pb.DrainResponse:
+    async def Drain(self, request: pb.DrainRequest, call: Call) -> pb.DrainResponse:
+        """Refuse new requests from now on."""
         return pb.DrainResponse(remaining=self._driver.drain())
 
     def _state(self) -> pb.State:
-        return views.state(self._driver.snapshot(), self._clock.unix_ms())
+        return views.state(self._driver.snapshot(LEASES_MAX), self._clock.unix_ms())

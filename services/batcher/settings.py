@@ -37,6 +37,8 @@ class BatcherSettings(ServiceSettings):
     """Models that may be waited for at once."""
     tenants_max: int = Field(10_000, ge=1, le=1_000_000)
     """Tenants that are remembered."""
+    watchers_max: int = Field(10_000, ge=1, le=100_000)
+    """WatchRequest streams at once."""
 
     @field_validator("workers")
     @classmethod

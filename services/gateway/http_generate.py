@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, MutableMapping
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 from opentelemetry.context import get_current
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.callers import REQUEST_ID, Caller, request_id_of, tenant_of
@@ -58,9 +60,8 @@ class GenerateEndpoint:
         self._default_timeout_s = default_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrival_s, arrival_ms = self._pipeline.clock.monotonic(), self._pipeline.clock.unix_ms()
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        started = _StartedFlag(send)
+        answer = _Answer(scope, receive, send)
         with telemetry.tracer().start_as_current_span(
             self._operation,
             context=telemetry.extract(headers),
@@ -69,39 +70,40 @@ class GenerateEndpoint:
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
-            request_id = ""
             try:
-                request_id = request_id_of(headers)
-                tenant = tenant_of(headers)
-                body = await read_json(scope, receive, self._body_bytes_max)
-                parsed = self._parse(body)
-                caller = Caller(
-                    door="http",
-                    operation=self._operation,
-                    request_id=request_id,
-                    tenant=tenant,
-                    arrival_unix_ms=arrival_ms,
-                    arrival_s=arrival_s,
-                    deadline_unix_ms=arrival_ms + int(1000 * self._default_timeout_s),
-                    context=get_current(),
-                    span=span,
-                    streams=parsed.options.stream,
-                )
-                async with _leaving_with_client(receive):
-                    await self._answer(parsed, caller, scope, receive, started)
+                await self._serve(headers, span, answer)
                 span.set_attribute("http.response.status_code", 200)
             except ClientDisconnect:
                 span.set_status(Status(StatusCode.ERROR, "cancelled by the caller"))
             except Refusal as refusal:
-                await _fail(call_error(refusal), request_id, span, started, scope, receive)
+                await answer.fail(call_error(refusal), span)
             except CallError as error:
-                await _fail(error, request_id, span, started, scope, receive)
+                await answer.fail(error, span)
             except Exception as error:
-                await _fail(_defect(error), request_id, span, started, scope, receive)
+                await answer.fail(_defect(error), span)
 
-    async def _answer(
-        self, parsed: ParsedBody, caller: Caller, scope: Scope, receive: Receive, send: _StartedFlag
-    ) -> None:
+    async def _serve(self, headers: Mapping[str, str], span: Span, answer: _Answer) -> None:
+        clock = self._pipeline.clock
+        arrival_s, arrival_ms = clock.monotonic(), clock.unix_ms()
+        answer.request_id = request_id_of(headers)
+        tenant = tenant_of(headers)
+        parsed = self._parse(await read_json(answer.scope, answer.receive, self._body_bytes_max))
+        caller = Caller(
+            door="http",
+            operation=self._operation,
+            request_id=answer.request_id,
+            tenant=tenant,
+            arrival_unix_ms=arrival_ms,
+            arrival_s=arrival_s,
+            deadline_unix_ms=arrival_ms + int(1000 * self._default_timeout_s),
+            context=get_current(),
+            span=span,
+            streams=parsed.options.stream,
+        )
+        async with _leaving_with_client(answer):
+            await self._generate(parsed, caller, answer)
+
+    async def _generate(self, parsed: ParsedBody, caller: Caller, answer: _Answer) -> None:
         ask = Ask(parsed.request, parsed.problems, parsed.unsupported, parsed.name_of)
         async with (
             self._pipeline.generation(ask, caller) as generation,
@@ -119,13 +121,12 @@ class GenerateEndpoint:
                 token_ids=parsed.request.output.token_ids,
             )
             if parsed.options.stream:
-                await _stream(generation, events, renderer, parsed.options.include_usage, send)
+                await _stream(generation, events, renderer, parsed.options.include_usage, answer)
                 return
             async for event in events:
                 renderer.add(event)
         headers = {REQUEST_ID: caller.request_id}
-        whole = json_response(renderer.whole(tally_of(generation)), headers=headers)
-        await whole(scope, receive, send)
+        await answer.respond(json_response(renderer.whole(tally_of(generation)), headers=headers))
 
 
 async def _stream(
@@ -133,19 +134,21 @@ async def _stream(
     events: AsyncGenerator[Event, None],
     renderer: Renderer,
     include_usage: bool,
-    send: _StartedFlag,
+    answer: _Answer,
 ) -> None:
     """Server-sent events; one chunk for each event that shows anything."""
     output = generation.request.output
     every = output.token_ids or output.logprobs
     async for event in events:
-        if not send.started:
+        if not answer.started:
             headers = [*_SSE_HEADERS, (REQUEST_ID.encode(), generation.caller.request_id.encode())]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await answer.send({"type": "http.response.start", "status": 200, "headers": headers})
         if event.text or event.end is not None or every:
-            await send({"type": "http.response.body", "body": renderer.chunk(event), "more_body": True})
+            await answer.send(
+                {"type": "http.response.body", "body": renderer.chunk(event), "more_body": True}
+            )
     last = renderer.usage_chunk(tally_of(generation)) + DONE if include_usage else DONE
-    await send({"type": "http.response.body", "body": last, "more_body": False})
+    await answer.send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 def tally_of(generation: Generation) -> Tally:
@@ -153,20 +156,40 @@ def tally_of(generation: Generation) -> Tally:
     return Tally(generation.prompt_tokens, generation.cached_prompt_tokens, generation.completion_tokens)
 
 
-class _StartedFlag:
-    """`send` that remembers whether the answer has begun."""
+class _Answer:
+    """The way back to one client: what was sent of its answer, and errors in the shape that still fits."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.request_id = ""
         self.started = False
+        self.complete = False
+        self._send = send
 
-    async def __call__(self, message: Mapping[str, object]) -> None:
+    async def send(self, message: MutableMapping[str, Any]) -> None:
         self.started = True
-        await self._send(dict(message))
+        self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await self._send(message)
+
+    async def respond(self, response: Response) -> None:
+        """Send a whole answer."""
+        await response(self.scope, self.receive, self.send)
+
+    async def fail(self, error: CallError, span: Span) -> None:
+        """Answer with the error: as a status, or as an event when the answer has begun."""
+        span.set_attribute("http.response.status_code", error.http_status)
+        span.set_attribute("error.type", error.reason)
+        span.set_status(Status(StatusCode.ERROR, error.message))
+        if self.started:
+            last = error_chunk(json_of(error)) + DONE
+            await self.send({"type": "http.response.body", "body": last, "more_body": False})
+            return
+        await self.respond(error_response(error, {REQUEST_ID: self.request_id} if self.request_id else None))
 
 
 @asynccontextmanager
-async def _leaving_with_client(receive: Receive) -> AsyncIterator[None]:
+async def _leaving_with_client(answer: _Answer) -> AsyncIterator[None]:
     """Cancels the block when the client disconnects, which then ends in ClientDisconnect."""
     task = asyncio.current_task()
     assert task is not None
@@ -174,10 +197,12 @@ async def _leaving_with_client(receive: Receive) -> AsyncIterator[None]:
 
     async def watch() -> None:
         nonlocal left
-        while (await receive())["type"] != "http.disconnect":
+        while (await answer.receive())["type"] != "http.disconnect":
             continue
-        left = True
-        task.cancel()
+        # A complete answer reads as a disconnect too.
+        if not answer.complete:
+            left = True
+            task.cancel()
 
     watcher = asyncio.create_task(watch())
     try:
@@ -198,18 +223,3 @@ def _defect(error: Exception) -> CallError:
     log.exception("request failed", exc_info=error)
     message = f"internal error; the log of trace {trace_id or 'none'} has the cause"
     return CallError("INTERNAL", message, metadata={"trace_id": trace_id})
-
-
-async def _fail(
-    error: CallError, request_id: str, span: Span, send: _StartedFlag, scope: Scope, receive: Receive
-) -> None:
-    """Answer with the error: as a status, or as an event when the answer has begun."""
-    span.set_attribute("http.response.status_code", error.http_status)
-    span.set_attribute("error.type", error.reason)
-    span.set_status(Status(StatusCode.ERROR, error.message))
-    if send.started:
-        last = error_chunk(json_of(error)) + DONE
-        await send({"type": "http.response.body", "body": last, "more_body": False})
-        return
-    response = error_response(error, {REQUEST_ID: request_id} if request_id else None)
-    await response(scope, receive, send)

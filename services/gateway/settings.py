@@ -24,7 +24,7 @@ class GatewaySettings(ServiceSettings):
     """HTTP/2 connections to it."""
     modelstore_target: str = Field("127.0.0.1:9200", min_length=1)
     batcher_target: str = ""
-    """Where the state of waiting requests can be asked for; empty: nowhere."""
+    """Where the state of waiting requests can be asked for (`WatchRequest`); empty: nowhere."""
 
     requests_max: int = Field(20_000, ge=1, le=1_000_000)
     """Generations open at once; more are refused."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from importlib import metadata
@@ -26,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(models_app, name="models")
+
+PIPED_COLUMNS = 140
+"""The width of a drawing that goes into a file or a pipe."""
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -159,7 +163,8 @@ def trace(
     if as_json:
         print(json.dumps({"trace_id": found.trace_id, "spans": [asdict(s) for s in found.spans]}))
     else:
-        console.print(tracetree.draw(found))
+        wide = console.width if console.is_terminal or "COLUMNS" in os.environ else PIPED_COLUMNS
+        Console(highlight=False, width=wide).print(tracetree.draw(found, wide))
 
 
 def _one_trace(found: list[Any], wanted: str) -> Any:

@@ -93,7 +93,7 @@ async def probe(port: int, path: str = "/readyz", timeout_s: float = 2.0) -> tup
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
-                writer.write(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
                 answer = await reader.read(PROBE_BYTES_MAX)
                 while answer and (more := await reader.read(PROBE_BYTES_MAX)):
                     answer = (answer + more)[:PROBE_BYTES_MAX]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from tokenloom.cli.spans import Span
 from tokenloom.cli.traces import Trace
 
 BAR_CELLS = 32
+NARROW_BAR_CELLS = 16
+NARROW_COLUMNS = 120
+DURATION_CHARS = 8
+NOTES_CHARS_MIN = 8
+GAP = "  "
+PACKAGES = re.compile(r"/?\b(?:[a-z]\w*\.)+(?=[A-Z])")
 DEPTH_MAX = 64
 COLOURS = {
     "edge": "bright_blue",
@@ -41,27 +47,43 @@ PREFIX = "loom."
 NOT_SHOWN = frozenset({"loom.request_id", "loom.attempt"})
 
 
-def draw(trace: Trace) -> RenderableType:
-    """The whole picture: a heading, the tree, and what is missing from it."""
+def draw(trace: Trace, columns: int = NARROW_COLUMNS) -> RenderableType:
+    """The whole picture, at most `columns` wide: a heading, the tree, and what is missing from it."""
     start, end = trace.start_ns, max(trace.end_ns, trace.start_ns + 1)
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1))
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="ellipsis", no_wrap=True, style="dim")
-    for prefix, span in walk(trace):
-        colour = COLOURS.get(span.service, "white")
-        name = Text(prefix, "dim") + Text(f"{span.service} ", f"bold {colour}") + Text(span.name)
-        if span.status == "error":
-            name += Text(" ✗", "bold red")
-        took = Text(duration(span.end_ns - span.start_ns))
-        table.add_row(name, took, Text(bar(span, start, end), colour), notes(span))
-    heading = Text("trace ", "dim") + Text(trace.trace_id, "bold")
-    heading += Text(f"  {len(trace.spans)} spans, {duration(end - start)}", "dim")
-    parts: list[RenderableType] = [heading, table]
+    cells = BAR_CELLS if columns >= NARROW_COLUMNS else NARROW_BAR_CELLS
+    rows = [(_label(prefix, span), span) for prefix, span in walk(trace)]
+    room = columns - cells - DURATION_CHARS - 3 * len(GAP)
+    name_width = min(room, max((label.cell_len for label, _ in rows), default=0))
+    lines: list[RenderableType] = [_heading(trace, end - start)]
+    for label, span in rows:
+        label.truncate(name_width, overflow="ellipsis", pad=True)
+        line = label + Text(GAP + duration(span.end_ns - span.start_ns).rjust(DURATION_CHARS) + GAP)
+        line += Text(bar(span, start, end, cells), _colour(span))
+        if room - name_width >= NOTES_CHARS_MIN:
+            about = Text(GAP + notes(span), "dim")
+            about.truncate(room - name_width, overflow="ellipsis")
+            line += about
+        lines.append(line)
     if trace.missing_parents:
-        parts.append(Text(f"{len(trace.missing_parents)} parent spans have not arrived", "yellow"))
-    return Group(*parts)
+        lines.append(Text(f"{len(trace.missing_parents)} parent spans have not arrived", "yellow"))
+    return Group(*lines)
+
+
+def _heading(trace: Trace, took_ns: int) -> Text:
+    heading = Text("trace ", "dim") + Text(trace.trace_id, "bold")
+    return heading + Text(f"  {len(trace.spans)} spans, {duration(took_ns)}", "dim")
+
+
+def _label(prefix: str, span: Span) -> Text:
+    """The lines of the tree, the service and the span's name."""
+    label = (
+        Text(prefix, "dim") + Text(f"{span.service} ", f"bold {_colour(span)}") + Text(short_name(span.name))
+    )
+    return label + Text(" ✗", "bold red") if span.status == "error" else label
+
+
+def _colour(span: Span) -> str:
+    return COLOURS.get(span.service, "white")
 
 
 def walk(trace: Trace) -> Iterator[tuple[str, Span]]:
@@ -87,12 +109,17 @@ def _below(
         yield from _below(span, children, lead + ("   " if last else "│  "), depth + 1)
 
 
-def bar(span: Span, start_ns: int, end_ns: int) -> str:
+def bar(span: Span, start_ns: int, end_ns: int, cells: int = BAR_CELLS) -> str:
     """Where the span lies between start and end; at least one cell long."""
-    scale = BAR_CELLS / (end_ns - start_ns)
-    first = min(BAR_CELLS - 1, int((span.start_ns - start_ns) * scale))
-    last = max(first + 1, min(BAR_CELLS, round((span.end_ns - start_ns) * scale)))
-    return "·" * first + "█" * (last - first) + "·" * (BAR_CELLS - last)
+    scale = cells / (end_ns - start_ns)
+    first = min(cells - 1, int((span.start_ns - start_ns) * scale))
+    last = max(first + 1, min(cells, round((span.end_ns - start_ns) * scale)))
+    return "·" * first + "█" * (last - first) + "·" * (cells - last)
+
+
+def short_name(name: str) -> str:
+    """A span's name without the packages of its services: `POST InferenceService/Generate`."""
+    return PACKAGES.sub("", name)
 
 
 def duration(nanoseconds: int) -> str:

@@ -53,6 +53,10 @@ def parse_workers(text: str) -> Discovery:
     """Raises ValueError that says how workers are named."""
     if text.startswith(DNS_SCHEME):
         host, port = _split(text.removeprefix(DNS_SCHEME))
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            raise ValueError(f"{host!r} is no DNS name") from None
         return DnsName(host, port)
     endpoints = set()
     for part in text.split(","):

@@ -10,6 +10,7 @@ import base64
 
 from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
+from google.protobuf.message import DecodeError
 from loom.worker.v1 import worker_pb2
 
 from services.batcher.core.messages import Dispatch, Reject, Request, Usage
@@ -32,19 +33,32 @@ DROPPED = {
 
 _OVERWRITE = base_pb2.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
-CONTINUE_RESPONSE_HEADERS = pb.ProcessingResponse(response_headers=pb.HeadersResponse())
-CONTINUE_RESPONSE_TRAILERS = pb.ProcessingResponse(response_trailers=pb.TrailersResponse())
+_GO_ON = {
+    "response_headers": pb.ProcessingResponse(response_headers=pb.HeadersResponse()),
+    "response_trailers": pb.ProcessingResponse(response_trailers=pb.TrailersResponse()),
+    "request_body": pb.ProcessingResponse(request_body=pb.BodyResponse()),
+    "response_body": pb.ProcessingResponse(response_body=pb.BodyResponse()),
+    "request_trailers": pb.ProcessingResponse(request_trailers=pb.TrailersResponse()),
+}
+_NOTHING = pb.ProcessingResponse()
 
 
 def pairs(headers: base_pb2.HeaderMap) -> dict[str, str | bytes]:
-    """Envoy's header map; `-bin` values come as their base64 text."""
-    return {h.key: h.raw_value.decode("utf-8", "replace") or h.value for h in headers.headers}
+    """Ours of Envoy's headers; `-bin` values are their base64 text."""
+    return {
+        header.key: header.raw_value.decode("utf-8", "replace")
+        for header in headers.headers
+        if header.key.startswith(names.PREFIX)
+    }
 
 
-def parse_request(headers: base_pb2.HeaderMap, clock: Clock) -> Request:
-    """What the core must know. Raises CallError naming the header that is wrong."""
+def parse_request(message: pb.ProcessingRequest, clock: Clock) -> Request:
+    """What the core must know, from the first message of a stream.
+
+    Raises CallError naming the header that is wrong.
+    """
     try:
-        parsed = RequestHeaders.parse(pairs(headers))
+        parsed = RequestHeaders.parse(pairs(message.request_headers.headers))
     except HeaderError as error:
         raise field_invalid((error.field, error.why)) from None
     left_s = (parsed.deadline_unix_ms - clock.unix_ms()) / 1000
@@ -77,9 +91,10 @@ def usage(trailers: base_pb2.HeaderMap) -> Usage | None:
             try:
                 data = base64.b64decode(header.raw_value + b"=" * (-len(header.raw_value) % 4))
                 cost = worker_pb2.Usage.FromString(data)
-            except ValueError:
+            except (ValueError, DecodeError):
                 return None
-            return Usage(cost.prompt_tokens, cost.cached_prompt_tokens, cost.completion_tokens)
+            cached = min(cost.cached_prompt_tokens, cost.prompt_tokens)
+            return Usage(cost.prompt_tokens, cached, cost.completion_tokens)
     return None
 
 
@@ -106,6 +121,13 @@ def pick(decision: Dispatch) -> pb.ProcessingResponse:
     lb = response.dynamic_metadata.fields["envoy.lb"].struct_value
     lb.fields[names.DESTINATION].string_value = decision.endpoint
     return response
+
+
+def go_on(message: pb.ProcessingRequest) -> pb.ProcessingResponse:
+    """The answer that changes nothing. A message without one holds the request up until Envoy's
+    `message_timeout`.
+    """
+    return _GO_ON.get(message.WhichOneof("request")) or _NOTHING
 
 
 def refuse(error: CallError) -> pb.ProcessingResponse:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 
 import grpc
+from google.protobuf.message import DecodeError
 from loom.worker.v1 import worker_pb2
 
 from services.batcher.adapters.reports import load_report
@@ -92,6 +93,11 @@ class GrpcFleetWatch:
                 reported = True
         except grpc.aio.AioRpcError as error:
             log.debug("load stream broke", worker=endpoint, error=error.details())
+        except DecodeError as error:
+            log.warning("a load report cannot be read", worker=endpoint, error=str(error))
+        except Exception:
+            # A defect of ours must not leave a worker unwatched for good: log it and subscribe again.
+            log.exception("load report failed", worker=endpoint)
         finally:
             call.cancel()
             if reported:

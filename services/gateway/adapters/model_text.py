@@ -2,7 +2,8 @@
 
 Small prompts are rendered and tokenised on the event loop, where that takes less time than a change
 of thread; the others in a pool. `encode_batch_fast` lets other threads run meanwhile; `encode` does
-not, and would stop every stream of this process for as long as it takes.
+not, and would stop every stream of this process for as long as it takes. Loading a tokenizer does stop
+them (a fifth of a second for 50,000 tokens): once for each version, before it is first asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from services.gateway.adapters.templates import (
 )
 from services.gateway.core.catalogue import ModelVersion
 from services.gateway.core.detokenise import ByteDetokeniser, Detokeniser, WindowDetokeniser
-from services.gateway.core.plan import SamplingDefaults, defaults_from
+from services.gateway.core.plan import SamplingDefaults, defaults_from, far_too_long
 from services.gateway.core.refusal import Refusal
 from services.gateway.core.request import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 
@@ -38,6 +39,13 @@ class TextLimits:
     rendered_chars_max: int
 
 
+PROBE_CHARS_PER_TOKEN = 8
+"""A prompt with more characters than this for each token of the context is looked at in part first:
+hardly any text has tokens so long, so most such prompts are refused at a bounded cost."""
+PROBE_SLACK_TOKENS = 16
+"""Tokens by which a part may differ from the same stretch of the whole."""
+
+
 class TokenizerText:
     """Implements `ModelText` on `tokenizers` and Jinja."""
 
@@ -48,6 +56,7 @@ class TokenizerText:
         config = _json(files, "tokenizer_config.json")
         self.defaults: SamplingDefaults = defaults_from(_json(files, "generation_config.json"))
         self._model = version.name
+        self._context_length = version.context_length
         self._limits = limits
         self._pool = pool
         self._tokenizer = _tokenizer(files["tokenizer.json"])
@@ -114,6 +123,11 @@ class TokenizerText:
         return ids
 
     def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
+        probe_chars = PROBE_CHARS_PER_TOKEN * self._context_length
+        if len(text) > probe_chars:
+            part = self._tokenizer.encode_batch_fast([text[:probe_chars]], add_special_tokens=special)[0]
+            if len(part) > self._context_length + PROBE_SLACK_TOKENS:
+                raise far_too_long(len(text), self._context_length)
         return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
     def _read_bos(self, config: Mapping[str, object], version: ModelVersion) -> int | None:

@@ -62,6 +62,8 @@ class ModelstoreCatalogue:
                 log.info("the modelstore ended its catalogue; asking again")
             except grpc.RpcError as error:
                 log.warning("no catalogue from the modelstore", error=str(from_rpc_error(error)))
+            except Exception:  # A catalogue that cannot be read must not end the subscription.
+                log.exception("a catalogue that cannot be read")
             finally:
                 call.cancel()
             await asyncio.sleep(pause_s)

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from services.gateway.adapters.model_text import TextLimits, TokenizerText
@@ -53,7 +54,7 @@ class ModelTextStore:
         task = self._loading.get(digest)
         if task is None:
             task = self._loading[digest] = asyncio.create_task(self._load(version))
-            task.add_done_callback(lambda _: self._loading.pop(digest, None))
+            task.add_done_callback(partial(self._loaded, digest))
         # A caller that leaves does not take the load from those who wait for it too.
         return await asyncio.shield(task)
 
@@ -71,6 +72,12 @@ class ModelTextStore:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _loaded(self, digest: str, task: asyncio.Task[TokenizerText]) -> None:
+        self._loading.pop(digest, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Read here, so that it is known even when all who waited have left.
+            log.debug("a text was not loaded", version=digest, error=str(error))
 
     async def _load(self, version: ModelVersion) -> TokenizerText:
         wanted = [file for path in TEXT_FILES if (file := version.file(path)) is not None]

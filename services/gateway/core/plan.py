@@ -133,3 +133,17 @@ def _too_long(prompt_tokens: int, wanted: int | None, least: int, context_length
             "context_length": str(context_length),
         },
     )
+
+
+def far_too_long(chars: int, context_length: int) -> Refusal:
+    """A prompt that fills the context several times over; its tokens were not all counted."""
+    return Refusal(
+        "CONTEXT_LENGTH_EXCEEDED",
+        f"a prompt of {chars} characters has more tokens than this model's context of {context_length}: "
+        "shorten the prompt",
+        metadata={
+            "prompt_tokens": f"more than {context_length}",
+            "max_new_tokens": "1",
+            "context_length": str(context_length),
+        },
+    )

@@ -53,6 +53,8 @@ class SpawnedConverter:
         listening = asyncio.create_task(_listen(process, last_lines))
         ended = False
         try:
+            # Its libraries take seconds to load; whoever watches should know what is going on.
+            yield Progress("convert", 0, 0)
             async for event in _events(process, job):
                 ended = ended or isinstance(event, Converted)
                 yield event

@@ -20,17 +20,19 @@ LENGTH = inference_pb2.FINISH_REASON_LENGTH
 class FakeModelstore:
     """Serves what `add` put in; `change` pushes the catalogue again."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self.port = port
         self.models: dict[str, modelstore_pb2.Model] = {}
         self.blobs: dict[str, bytes] = {}
         self.fetches = 0
         self._pushes = 0
         self._changed = asyncio.Condition()
-        self._server = GrpcServer("127.0.0.1", 0)
+        self._server = GrpcServer("127.0.0.1", port)
         self._server.add(modelstore_pb2.DESCRIPTOR.services_by_name["ModelStoreService"], self)
 
     async def start(self) -> str:
-        return f"127.0.0.1:{await self._server.start()}"
+        self.port = await self._server.start()
+        return f"127.0.0.1:{self.port}"
 
     async def stop(self) -> None:
         await self._server.stop(0)
@@ -102,6 +104,11 @@ class FakeWorker:
 
     async def stop(self) -> None:
         await self._server.stop(0)
+
+    async def left_alone(self) -> None:
+        """Return when the call that was cut has been cancelled here too, if it came this far at all."""
+        if self.open:
+            await asyncio.wait_for(self.freed.wait(), 5)
 
     async def Generate(self, request, call: Call) -> Responses:
         self.requests.append(request)

@@ -169,20 +169,20 @@ async def test_with_the_mesh_away_the_caller_learns_it_at_its_deadline(house):
 async def test_the_deadline_travels_and_ends_a_call_that_hangs(house):
     house.worker.attempts = [hangs]
     with pytest.raises(grpc.aio.AioRpcError) as failure:
-        async for _ in house.stub.Generate(pb.GenerateRequest(model="tiny", prompt="x"), timeout=0.5):
+        async for _ in house.stub.Generate(pb.GenerateRequest(model="tiny", prompt="x"), timeout=1.0):
             pass
     assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     sent = house.worker.metadata[0]
-    assert int(sent["x-loom-deadline-unix-ms"]) - int(sent["x-loom-arrival-unix-ms"]) <= 600
-    await asyncio.wait_for(house.worker.freed.wait(), 5)
+    assert int(sent["x-loom-deadline-unix-ms"]) - int(sent["x-loom-arrival-unix-ms"]) <= 1100
+    await house.worker.left_alone()
 
 
 async def test_a_queue_timeout_ends_the_wait_for_the_first_token(house):
     house.worker.attempts = [hangs]
     request = pb.GenerateRequest(model="tiny", prompt="x")
-    request.queue_timeout.FromMilliseconds(200)
+    request.queue_timeout.FromMilliseconds(500)
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         async for _ in house.stub.Generate(request):
             pass
     assert from_rpc_error(failure.value).reason == "QUEUE_TIMEOUT"
-    await asyncio.wait_for(house.worker.freed.wait(), 5)
+    await house.worker.left_alone()

@@ -46,7 +46,7 @@ class House:
     async def call(self, method, request):
         """A unary call. Raises CallError."""
         try:
-            return await getattr(self.stub, method)(request, timeout=10)
+            return await getattr(self.stub, method)(request, timeout=60)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
 

@@ -9,7 +9,6 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from tests.integration.modelstore import made
 from tests.integration.modelstore.conftest import running
 from tokenloom.cli.errors import CliError
 from tokenloom.cli.models import app, version_reference
@@ -119,17 +118,15 @@ def test_a_version_is_named_by_digits_or_by_an_alias(text, reference):
 def command(*words):
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     line = [sys.executable, "-m", "tokenloom.cli.main", "models", *words]
-    return subprocess.run(line, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(line, env=environ, capture_output=True, text=True, timeout=120, check=False)
 
 
 async def test_the_command_works_through_a_running_modelstore(tmp_path, store):
-    sources = tmp_path / "sources"
-    made.hf_folder(sources / "tiny")
-    async with running(store, str(sources)) as house:
+    async with running(store, str(tmp_path)) as house:
         target = ("--target", f"127.0.0.1:{house.service.port}")
-        ended = await _in_thread("import", str(sources / "tiny"), "--name", "tiny", "--json", *target)
+        ended = await _in_thread("import", "builtin:sim", "--name", "sim", "--json", *target)
         assert ended.returncode == 0, ended.stderr
-        assert json.loads(ended.stdout)["name"] == "tiny"
+        assert json.loads(ended.stdout)["name"] == "sim"
         denied = await _in_thread("import", "/etc/passwd", "--name", "x", *target)
         assert denied.returncode == 1
         assert denied.stderr.startswith("tokenloom: PERMISSION_DENIED: /etc/passwd: ")

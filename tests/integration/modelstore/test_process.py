@@ -17,8 +17,8 @@ from loom.modelstore.v1 import modelstore_pb2_grpc as rpc
 from tests.integration.modelstore import made
 from tokenloom.kit.channels import open_channel
 
-READY_S = 20
-ENDS_S = 20
+READY_S = 90
+ENDS_S = 60
 
 
 def environment(store, sources, port):

@@ -117,7 +117,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             if served_by in self.peers:
                 peer = self.peers[served_by]
                 peer.holds[ticket] = stay
-                stay.listed = peer.last is not None and stay.request.request_id in peer.last.active_request_ids
+                stay.listed = (
+                    peer.last is not None and stay.request.request_id in peer.last.active_request_ids
+                )
         self.take(self.scheduler.response_seen(ticket, served_by, self.now))
 
     @rule(
@@ -231,9 +233,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                     s for s in peer.holds.values() if not s.listed and s.request.model == request.model
                 ]
                 spent = sum(self.blocks(s.request) for s in unlisted)
-                return (
-                    load.free_sequences - len(unlisted) >= 1
-                    and load.free_blocks - spent >= self.blocks(request)
+                return load.free_sequences - len(unlisted) >= 1 and load.free_blocks - spent >= self.blocks(
+                    request
                 )
         return False
 

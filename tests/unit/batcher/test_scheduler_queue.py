@@ -48,7 +48,13 @@ def test_requests_of_one_millisecond_leave_in_order_of_entering():
 def test_more_urgent_bands_leave_first_and_unspecified_is_standard():
     desk = Desk()
     desk.report(free=0)
-    for name, priority in (("batch", 3), ("unspecified", 0), ("standard", 2), ("interactive", 1), ("shed", 4)):
+    for name, priority in (
+        ("batch", 3),
+        ("unspecified", 0),
+        ("standard", 2),
+        ("interactive", 1),
+        ("shed", 4),
+    ):
         desk.arrive(name=name, priority=priority, arrival=5)
     desk.report(free=5)
     names = [name for name, _ in desk.placed()]
@@ -127,7 +133,11 @@ def test_a_request_held_for_the_longest_time_is_refused_with_a_hint():
     desk.arrive(name="a")
     desk.wait(2)
     (reject,) = desk.rejects()
-    assert (reject.reason, reject.metadata, reject.retry_after_s) == ("QUEUE_TIMEOUT", {"waited_ms": "2000"}, 1.0)
+    assert (reject.reason, reject.metadata, reject.retry_after_s) == (
+        "QUEUE_TIMEOUT",
+        {"waited_ms": "2000"},
+        1.0,
+    )
 
 
 def test_a_full_queue_refuses_with_its_limit_and_a_hint():

@@ -52,20 +52,20 @@ def write(path, spans):
 
 def test_the_tree_is_drawn_with_bars_durations_and_what_matters():
     out = io.StringIO()
-    Console(file=out, width=140, color_system=None).print(tracetree.draw(Trace("a" * 32, GENERATION)))
+    Console(file=out, width=140, color_system=None).print(tracetree.draw(Trace("a" * 32, GENERATION), 140))
     drawn = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
     assert drawn == GOLDEN
 
 
 GOLDEN = f"""\
 trace {"a" * 32}  7 spans, 200.0 ms
-edge POST /v1/chat/completions                              200.0 ms  ████████████████████████████████
-└─ gateway chat smollm2                                     198.0 ms  ████████████████████████████████  model=smollm2 finish=stop
-   ├─ gateway tokenise                                        2.0 ms  █·······························
-   └─ gateway loom.worker.v1.WorkerService/Generate         185.0 ms  ██████████████████████████████··
-      └─ mesh /loom.worker.v1.WorkerService/Generate        183.0 ms  ██████████████████████████████··
-         ├─ batcher queue                                    53.0 ms  ·█████████······················  position=3
-         └─ worker loom.worker.v1.WorkerService/Generate ✗  126.0 ms  ·········█████████████████████··  cancelled by the caller"""  # noqa: E501
+edge POST /v1/chat/completions               200.0 ms  ████████████████████████████████
+└─ gateway chat smollm2                      198.0 ms  ████████████████████████████████  model=smollm2 finish=stop
+   ├─ gateway tokenise                         2.0 ms  █·······························
+   └─ gateway WorkerService/Generate         185.0 ms  ██████████████████████████████··
+      └─ mesh WorkerService/Generate         183.0 ms  ██████████████████████████████··
+         ├─ batcher queue                     53.0 ms  ·█████████······················  position=3
+         └─ worker WorkerService/Generate ✗  126.0 ms  ·········█████████████████████··  cancelled by the caller"""  # noqa: E501
 
 
 def test_spans_without_their_parent_are_drawn_as_roots_and_counted():
@@ -167,3 +167,13 @@ def test_the_request_made_last_is_noted(tmp_path):
     request_id, made_ns = traces.read_last_request(path)
     assert request_id == "r-1"
     assert abs(made_ns - time.time_ns()) < 60e9
+
+
+@pytest.mark.parametrize("columns", [60, 80, 119, 120, 200])
+def test_no_line_of_the_drawing_is_wider_than_the_terminal(columns):
+    out = io.StringIO()
+    wide = Console(file=out, width=400, color_system=None)
+    wide.print(tracetree.draw(Trace("a" * 32, GENERATION), columns))
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert max(len(line) for line in lines) <= columns
+    assert all(" ms  " in line for line in lines[1:])

@@ -34,9 +34,23 @@ async def test_token_ids_are_taken_as_they_are(pool):
 
 
 async def test_a_long_prompt_is_tokenised_in_the_pool_with_the_same_result(pool):
-    text = text_of(files_of(byte_level()), pool, inline_chars=4)
+    text = text_of(files_of(byte_level()), pool, inline_chars=4, context_length=4096)
     long = "Paris is the capital of France. " * 50
     assert await text.encode(TextPrompt(long)) == tuple(byte_level().encode(long).ids)
+
+
+async def test_a_prompt_far_beyond_the_context_is_refused_without_being_read_to_its_end(pool):
+    text = text_of(files_of(byte_level()), pool, context_length=64)
+    with pytest.raises(Refusal, match="more tokens than this model's context of 64") as refused:
+        await text.encode(TextPrompt("Paris is " * 100_000))
+    assert refused.value.reason == "CONTEXT_LENGTH_EXCEEDED"
+
+
+async def test_a_long_text_of_few_tokens_is_read_to_its_end(pool):
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["x" * 500])
+    ids = await text_of(files_of(tokenizer), pool, context_length=64).encode(TextPrompt("x" * 500 * 40))
+    assert len(ids) == 40
 
 
 async def test_a_chat_goes_through_the_template_and_its_markers_are_tokens(pool):
