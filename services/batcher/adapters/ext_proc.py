@@ -89,7 +89,8 @@ def usage(trailers: base_pb2.HeaderMap) -> Usage | None:
     for header in trailers.headers:
         if header.key == names.USAGE_BIN:
             try:
-                data = base64.b64decode(header.raw_value + b"=" * (-len(header.raw_value) % 4))
+                value = header.raw_value
+                data = base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
                 cost = worker_pb2.Usage.FromString(data)
             except (ValueError, DecodeError):
                 return None

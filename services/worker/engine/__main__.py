@@ -1,7 +1,6 @@
 """`python -m services.worker.engine --fd N --config JSON`: one model's engine on an inherited socket.
 
-torch is imported only after the configuration was read and the threads' manners are set: libraries read
-them from the environment once, when they are loaded.
+torch is imported only after the configuration was read and the environment set.
 """
 
 from __future__ import annotations
@@ -12,16 +11,10 @@ import socket
 import sys
 
 from services.worker.engine.config import ConfigError, decode_config
+from services.worker.engine.host import keep_freed_memory, prepare_environment, use_threads
 
 EXIT_CONFIG = 78
 """`EX_CONFIG` of sysexits.h."""
-
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def main() -> int:
@@ -35,9 +28,9 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
-    os.environ.update(ENVIRONMENT)
+    prepare_environment()
+    keep_freed_memory()
     from services.worker.engine.loop import EngineLoop
-    from services.worker.engine.threads import use_threads
 
     use_threads(config.threads)
     os.set_inheritable(arguments.fd, False)

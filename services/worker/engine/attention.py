@@ -10,6 +10,8 @@ are read once and never repeated. Prompt chunks: one call each. Padding and the 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +23,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from services.worker.engine.layout import Span
+from services.worker.engine.memory import Shape
 
 IMPLEMENTATION = "tokenloom"
 KNOWN_ARGUMENTS = frozenset(
@@ -37,14 +40,13 @@ class KvCache:
     """Keys and values of every layer, each [blocks, block_tokens, kv_heads, head_dim]."""
 
     def __init__(
-        self, *, layers: int, blocks: int, block_tokens: int, kv_heads: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
-        shape = (blocks, block_tokens, kv_heads, head_dim)
+        self, shape: Shape, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+    ):
+        sizes = (blocks, block_tokens, shape.kv_heads, shape.head_dim)
         self.block_tokens = block_tokens
         self.dtype = dtype
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys = [_zeros(sizes, dtype, device) for _ in range(shape.layers)]
+        self.values = [_zeros(sizes, dtype, device) for _ in range(shape.layers)]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores [tokens, kv_heads, head_dim] at `slots` (block · block_tokens + offset)."""
@@ -59,6 +61,16 @@ class KvCache:
     def _gather(store: Tensor, blocks: Tensor) -> Tensor:
         rows = store.flatten(1).index_select(0, blocks.flatten())
         return rows.view(blocks.shape[0], -1, *store.shape[2:]).transpose(1, 2)
+
+
+def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the CPU memory of its own that is taken from the system only where it is written."""
+    if device.type != "cpu":
+        return torch.zeros(sizes, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(sizes) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(sizes)
 
 
 @dataclass(frozen=True, slots=True)

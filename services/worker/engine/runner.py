@@ -23,16 +23,7 @@ class Runner:
         self._model = loaded.model
         self._device = loaded.device
         self._block_tokens = limits.block_tokens
-        shape = loaded.shape
-        self._cache = KvCache(
-            layers=shape.layers,
-            blocks=limits.total_blocks,
-            block_tokens=limits.block_tokens,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            dtype=loaded.dtype,
-            device=loaded.device,
-        )
+        self._cache = KvCache(loaded.shape, loaded.blocks, limits.block_tokens, loaded.dtype, loaded.device)
         self._tables = BlockTables(
             limits.sequences_max, blocks_for(limits.context_length, limits.block_tokens)
         )

@@ -1,4 +1,4 @@
-"""A real batcher in this process, workers that only report their load, and Envoy's side of ext_proc."""
+"""A real batcher in this process, workers that report what they are told to, and Envoy's side of ext_proc."""
 
 import asyncio
 import base64
@@ -18,7 +18,7 @@ from tokenloom.contract import headers as names
 from tokenloom.contract.headers import RequestHeaders
 from tokenloom.kit.channels import open_channel
 from tokenloom.kit.clock import SystemClock
-from tokenloom.kit.errors import from_status
+from tokenloom.kit.errors import CallError, from_status
 from tokenloom.kit.server import GrpcServer
 
 MODEL = "sha256:" + "a" * 64
@@ -37,7 +37,11 @@ class FakeWorker:
         self.report = worker.LoadReport(boot_id=uuid.uuid4().hex)
         self._changed = asyncio.Condition()
         self._server = None
-        self.subscribers = 0
+        self.full = False
+        self.calls = []
+        """Metadata of each Generate."""
+        self.release = asyncio.Event()
+        self.release.set()
 
     @property
     def endpoint(self):
@@ -53,19 +57,25 @@ class FakeWorker:
         await self._server.stop(None)
 
     async def WatchLoad(self, request, call):
-        self.subscribers += 1
-        try:
-            while True:
-                self.report.sequence += 1
-                yield worker.WatchLoadResponse(report=self.report)
-                async with self._changed:
-                    try:
-                        async with asyncio.timeout(self.HEARTBEAT_S):
-                            await self._changed.wait()
-                    except TimeoutError:
-                        continue
-        finally:
-            self.subscribers -= 1
+        while True:
+            self.report.sequence += 1
+            yield worker.WatchLoadResponse(report=self.report)
+            async with self._changed:
+                try:
+                    async with asyncio.timeout(self.HEARTBEAT_S):
+                        await self._changed.wait()
+                except TimeoutError:
+                    continue
+
+    async def Generate(self, request, call):
+        self.calls.append(call.metadata)
+        if self.full:
+            raise CallError("WORKER_FULL", "no room", metadata={"worker": self.endpoint})
+        await self.release.wait()
+        call.set_initial([(names.WORKER, self.endpoint)])
+        usage = worker.Usage(prompt_tokens=len(request.prompt_token_ids), completion_tokens=1)
+        call.set_trailing([(names.USAGE_BIN, usage.SerializeToString())])
+        yield worker.GenerateResponse(tokens=worker.Tokens(token_ids=[7]))
 
     async def say(self, free, *, state=worker.MODEL_STATE_READY, active=(), draining=False, progress=0.0):
         """Report this from now on."""

@@ -77,6 +77,10 @@ def until(holds, what: str) -> None:
         time.sleep(0.1)
 
 
+def came_back(process: dict) -> bool:
+    return process["state"] == "ready" and process["restarts"] == 1
+
+
 @pytest.fixture(scope="module")
 def cli(tmp_path_factory):
     """A mesh that runs detached for all tests of this file."""
@@ -135,9 +139,7 @@ def test_a_killed_worker_comes_back_on_its_port_and_the_mesh_goes_on(cli):
     os.kill(before["pid"], signal.SIGKILL)
     # The other worker answers meanwhile.
     cli.run("generate", "hello", "--max-tokens", "3")
-    until(
-        lambda: (now := cli.processes()["worker-1"])["state"] == "ready" and now["restarts"] == 1, "worker-1"
-    )
+    until(lambda: came_back(cli.processes()["worker-1"]), "worker-1 is not back")
     after = cli.processes()["worker-1"]
     assert after["pid"] != before["pid"]
     assert after["ports"] == before["ports"]

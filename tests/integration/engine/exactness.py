@@ -67,8 +67,10 @@ def run(engine: Engine, submits: list[Submit], *, per_step: int = 1000, leavers:
 
     `leavers` further sequences join in between and are cancelled three steps later.
     """
-    waiting, noise = list(submits), [greedy(f"leaver-{n}", s.prompt, 64) for n, s in
-                                     zip(range(leavers), itertools.cycle(submits))]
+    waiting, noise = (
+        list(submits),
+        [greedy(f"leaver-{n}", s.prompt, 64) for n, s in zip(range(leavers), itertools.cycle(submits))],
+    )
     run = Run({submit.id: [] for submit in submits}, {}, 0)
     leaving: list[tuple[int, str]] = []
     while waiting or noise or not engine.idle:
@@ -110,7 +112,11 @@ def load_reference(folder: Path) -> PreTrainedModel:
 
 
 def compare(
-    model: PreTrainedModel, prompts: list[list[int]], wanted: list[list[int]], got: list[list[int]], report: Report
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    wanted: list[list[int]],
+    got: list[list[int]],
+    report: Report,
 ) -> None:
     """Adds one run of all prompts to a report."""
     for number, (prompt, want, have) in enumerate(zip(prompts, wanted, got, strict=True)):

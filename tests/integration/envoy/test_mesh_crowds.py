@@ -9,7 +9,7 @@ from tests.integration.envoy.harness import GENERATE, Mesh
 
 FAILED_OPEN = "http.mesh.ext_proc.failure_mode_allowed"
 DEFAULT_OUTBOUND_FRAMES_MAX = 10_000
-WAVE = 100
+WAVE = 50
 
 
 async def drain(call: grpc.aio.UnaryStreamCall) -> int:

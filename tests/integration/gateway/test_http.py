@@ -81,6 +81,7 @@ async def test_an_unknown_model_is_answered_with_the_known_ones(house):
 
 
 async def test_stop_strings_end_the_answer(house):
+    house.worker.attempts = [hangs_after(len(SCRIPT) - 1)]
     answer = await house.client.chat.completions.create(**CHAT_BODY, stop=[" of", "x"])
     assert answer.choices[0].message.content == "Paris is the capital"
     assert answer.choices[0].finish_reason == "stop"
@@ -145,9 +146,16 @@ async def test_the_request_id_is_echoed_and_reaches_the_worker(house):
 
 
 async def test_two_open_requests_of_one_id_are_two_requests_to_the_mesh(house):
-    await asyncio.gather(*[post(house, headers={"x-request-id": "same"}) for _ in range(3)])
+    house.worker.attempts = [hangs]
+    first = asyncio.create_task(post(house, headers={"x-request-id": "same"}))
+    await asyncio.wait_for(house.worker.begun.wait(), 5)
+    _, _, headers = await post(house, headers={"x-request-id": "same"})
     ids = [request.request_id for request in house.worker.requests]
-    assert len(set(ids)) == len(ids) or house.gateway.pipeline.open_requests == 0
+    assert headers["x-request-id"] == "same"
+    assert ids[0] == "same"
+    assert ids[1].startswith("same~")
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
 
 
 @pytest.mark.parametrize(

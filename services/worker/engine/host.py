@@ -1,0 +1,45 @@
+"""Manners of the engine's process on its host: environment, memory allocator, threads. Imports no torch
+before it is asked for the threads, because libraries read the environment when they are loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    # How long a thread that waits for the others keeps its core, in turns of a loop: about half a
+    # millisecond. The default is longer than a scheduler's time slice, so on cores that gateway and
+    # proxies share with the engine, threads would mostly wait for threads that cannot run.
+    "GOMP_SPINCOUNT": "10000",
+}
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 1 << 30
+"""Freed memory below this stays in the process: a step frees and takes the same activations again."""
+
+
+def prepare_environment() -> None:
+    """Call before torch is imported. What the caller's environment sets already is left alone."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def keep_freed_memory() -> None:
+    """Spares each step the page faults of its activations; without glibc nothing changes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def use_threads(count: int) -> int:
+    """Sets torch's threads; 0: as many as this process may use. Returns their number."""
+    import torch
+
+    count = count or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count
