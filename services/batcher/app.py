@@ -90,9 +90,9 @@ class BatcherApp:
         """Refuse what still waits, and free everything."""
         if not self._started:
             return
+        await self._fleet.close()
         self._driver.close()
         await self._server.stop(STOP_GRACE_S)
-        await self._fleet.close()
         await self._health.close()
         self._metrics.close()
 

@@ -47,6 +47,7 @@ class Driver:
         self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
+        self._closed = False
         self._emptied = asyncio.Event()
         self.watchers = Watchers(self.place_of, watchers_max)
         self.revision = 0
@@ -129,7 +130,8 @@ class Driver:
             await self._emptied.wait()
 
     def close(self) -> None:
-        """Refuse what still waits, and stop the timer."""
+        """Refuse what still waits, and stop the timer for good."""
+        self._closed = True
         self._perform(self._scheduler.close(self._clock.monotonic()), self._clock.unix_ns())
         if self._timer is not None:
             self._timer.cancel()
@@ -186,7 +188,7 @@ class Driver:
     def _set_timer(self) -> None:
         """Keep one timer, at the scheduler's next wake or earlier."""
         wake = self._scheduler.next_wake()
-        if wake is None or (self._timer is not None and self._timer_due <= wake):
+        if wake is None or self._closed or (self._timer is not None and self._timer_due <= wake):
             return
         if self._timer is not None:
             self._timer.cancel()

@@ -33,9 +33,7 @@ def test_the_trace_shows_one_request_through_every_part(real_mesh):
     tree = json.loads(real_mesh.ok("trace", "--last", "--json"))
     spans = {s["span_id"]: s for s in tree["spans"]}
     edges = {
-        (spans[s["parent_span_id"]]["service"], s["service"])
-        for s in spans.values()
-        if s["parent_span_id"] in spans
+        (spans[s["parent_id"]]["service"], s["service"]) for s in spans.values() if s["parent_id"] in spans
     }
     assert {("edge", "gateway"), ("gateway", "mesh"), ("mesh", "batcher"), ("mesh", "worker")} <= edges
     names = {(s["service"], s["name"].split()[0]) for s in spans.values()}

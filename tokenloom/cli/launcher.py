@@ -26,6 +26,8 @@ from tokenloom.cli.supervisor import Event, StartFailed, Supervisor
 STOPPED_FIRST = ("envoy",)
 """The door closes first: what is in flight is then cancelled, and the rest has nothing to wait for."""
 
+WILDCARDS = ("0.0.0.0", "::")
+
 Report = Callable[[Event], None]
 
 
@@ -117,7 +119,9 @@ class Launcher:
             raise CliError(str(error)) from None
 
     def _address(self) -> str:
-        return f"{self.options.host}:{self.options.port}"
+        """Where callers on this machine find the mesh."""
+        host = envoy.LOOPBACK if self.options.host in WILDCARDS else self.options.host
+        return f"{host}:{self.options.port}"
 
     def _on_event(self, event: Event) -> None:
         if self._mesh is not None:

@@ -124,10 +124,13 @@ def children_of(pid: int) -> list[int]:
     return sorted(found)
 
 
-def command_of(pid: int) -> str:
-    """The program and its arguments, shortened; empty when it has ended."""
+def program_of(pid: int) -> str:
+    """The program, or the module that Python runs: `services.worker.engine`. Empty when it has ended."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return ""
-    return " ".join(word.decode("utf-8", "replace") for word in words if word)[:120]
+    words = [word.decode("utf-8", "replace") for word in raw.split(b"\0") if word]
+    if "-m" in words[:-1]:
+        return words[words.index("-m") + 1]
+    return Path(words[0]).name if words else ""

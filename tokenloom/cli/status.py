@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenloom.cli import local, state
-from tokenloom.cli.processes import children_of, command_of, probe
+from tokenloom.cli.processes import children_of, probe, program_of
 
 DEPTH_MAX = 8
 """Generations of child processes that are listed."""
@@ -43,7 +43,7 @@ def descendants(pid: int, depth: int = 0) -> list[dict[str, Any]]:
         return []
     return [
         {
-            "name": command_of(child),
+            "name": program_of(child),
             "pid": child,
             "ports": {},
             "state": "running",

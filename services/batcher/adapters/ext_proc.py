@@ -19,7 +19,7 @@ from tokenloom.contract.headers import HeaderError, RequestHeaders
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import STATUS_DETAILS_KEY, CallError, field_invalid, status_proto
 
-HOLD_MARGIN_S = 1.0
+HOLD_MARGIN_S = 5.0
 """Envoy waits this much longer than the core holds: the refusal must arrive before Envoy gives up."""
 
 # The values of x-llm-d-request-dropped-reason that the convention knows.

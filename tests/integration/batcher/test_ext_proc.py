@@ -27,7 +27,7 @@ async def test_a_free_worker_is_named_in_the_first_answer():
 async def test_a_request_is_held_with_one_answer_at_once_and_placed_when_room_is_reported():
     async with mesh(free=0, hold_max_s=30) as made:
         exchange = await made.hold("a")
-        assert exchange.held_s == 31.0
+        assert exchange.held_s == 35.0
         await made.workers[0].say(1)
         endpoint, added = picked(await exchange.answer())
         assert endpoint == made.workers[0].endpoint
@@ -38,7 +38,7 @@ async def test_a_request_is_held_with_one_answer_at_once_and_placed_when_room_is
 async def test_envoy_waits_no_longer_than_the_deadline_and_a_margin():
     async with mesh(free=0) as made:
         exchange = await made.hold("a", timeout_s=5)
-        assert 5.0 < exchange.held_s <= 6.0
+        assert 9.0 < exchange.held_s <= 10.0
         await exchange.end()
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -39,8 +40,11 @@ async def finish(process):
 
 
 def get(port, path):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
-        return response.read().decode()
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+            return response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
 
 
 async def test_it_serves_and_ends_on_sigterm():
@@ -50,11 +54,10 @@ async def test_it_serves_and_ends_on_sigterm():
         async with asyncio.timeout(WAIT_S):
             while b'"serving"' not in (line := await process.stderr.readline()):
                 assert line
-            while await asyncio.to_thread(get, metrics, "/readyz") != "ok\n":
+            while await asyncio.to_thread(get, metrics, "/readyz") != "ok\n":  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
-        assert 'tokenloom_batcher_workers{state="lost"} 1.0' in await asyncio.to_thread(
-            get, metrics, "/metrics"
-        )
+        shown = await asyncio.to_thread(get, metrics, "/metrics")
+        assert 'tokenloom_batcher_workers{state="lost"} 1.0' in shown
         process.send_signal(signal.SIGTERM)
         status, said = await finish(process)
     finally:

@@ -101,7 +101,8 @@ def test_status_lists_every_process_ready_with_its_ports_and_engines(cli):
     assert processes["envoy"]["ports"]["edge"] == cli.port
     assert all(lives(pid) for pid in pids(processes))
     # One engine for the one model on each worker.
-    assert [len(processes[f"worker-{i}"]["children"]) for i in (0, 1)] == [1, 1]
+    engines = [[child["name"] for child in processes[f"worker-{i}"]["children"]] for i in (0, 1)]
+    assert engines == [["services.worker.sim"], ["services.worker.sim"]]
 
 
 def test_an_answer_streams_and_its_trace_shows_every_service_under_one_root(cli):

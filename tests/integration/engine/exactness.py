@@ -8,7 +8,6 @@ reported, not counted.
 
 from __future__ import annotations
 
-import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,23 +66,19 @@ def run(engine: Engine, submits: list[Submit], *, per_step: int = 1000, leavers:
 
     `leavers` further sequences join in between and are cancelled three steps later.
     """
-    waiting, noise = (
-        list(submits),
-        [greedy(f"leaver-{n}", s.prompt, 64) for n, s in zip(range(leavers), itertools.cycle(submits))],
-    )
+    waiting = list(submits)
+    noise = [greedy(f"leaver-{n}", submits[n % len(submits)].prompt, 64) for n in range(leavers)]
     run = Run({submit.id: [] for submit in submits}, {}, 0)
-    leaving: list[tuple[int, str]] = []
+    leaving: dict[str, int] = {}
     while waiting or noise or not engine.idle:
-        for submit in waiting[:per_step]:
-            assert engine.submit(submit) is None
-        del waiting[:per_step]
+        joining, waiting = waiting[:per_step], waiting[per_step:]
         if noise and run.steps % 2 == 0:
-            leaver = noise.pop()
-            assert engine.submit(leaver) is None
-            leaving.append((run.steps + 3, leaver.id))
-        for _, name in [entry for entry in leaving if entry[0] <= run.steps]:
+            joining.append(noise.pop())
+            leaving[joining[-1].id] = run.steps + 3
+        for submit in joining:
+            assert engine.submit(submit) is None
+        for name in [name for name, step in leaving.items() if step == run.steps]:
             engine.cancel(name)
-        leaving = [entry for entry in leaving if entry[0] > run.steps]
         for output in engine.step().outputs:
             if output.id in run.tokens:
                 run.tokens[output.id] += output.tokens
@@ -93,14 +88,14 @@ def run(engine: Engine, submits: list[Submit], *, per_step: int = 1000, leavers:
     return run
 
 
-def reference(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens by transformers, without any stop token."""
+def reference(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Greedy tokens by transformers, without any stop token; shorter prompts are padded on the left."""
     model.generation_config.eos_token_id = None
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
-    )
-    return [int(token) for token in out[0, len(prompt) :]]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return [[int(token) for token in row] for row in out[:, longest:]]
 
 
 def load_reference(folder: Path) -> PreTrainedModel:
@@ -121,25 +116,21 @@ def compare(
     """Adds one run of all prompts to a report."""
     for number, (prompt, want, have) in enumerate(zip(prompts, wanted, got, strict=True)):
         report.compared += 1
-        if want == have:
-            continue
-        at = next((i for i, (w, h) in enumerate(zip(want, have, strict=False)) if w != h), len(have))
         if len(want) != len(have):
             report.wrong.append(f"prompt {number}: {len(have)} tokens instead of {len(want)}")
-            continue
-        with torch.inference_mode():
-            logits = model(torch.tensor([prompt + want[:at]])).logits[0, -1]
-        best = logits.topk(2).values
-        gap = float(best[0] - best[1])
-        found = f"prompt {number}, token {at}: {have[at]} instead of {want[at]}, gap {gap:.2e}"
-        near = gap < TIE and float(best[0] - logits[have[at]]) < TIE
-        (report.ties if near else report.wrong).append(found)
+        elif want != have:
+            at = next(place for place in range(len(want)) if want[place] != have[place])
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + want[:at]])).logits[0, -1]
+            behind = float(logits.max() - min(logits[want[at]], logits[have[at]]))
+            found = f"prompt {number}, token {at}: {have[at]} instead of {want[at]}, {behind:.1e} apart"
+            (report.ties if behind < TIE else report.wrong).append(found)
 
 
 def check_exact(folder: Path, prompts: list[list[int]], count: int, *, batch: int = 16) -> Report:
     """Alone, then mixed `batch` at a time with small chunks and a cache too small for all."""
     model = load_reference(folder)
-    wanted = [reference(model, prompt, count) for prompt in prompts]
+    wanted = reference(model, prompts, count)
     submits = [greedy(f"s{number}", prompt, count) for number, prompt in enumerate(prompts)]
     report = Report()
     alone = open_engine(folder)

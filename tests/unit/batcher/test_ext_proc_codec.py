@@ -122,7 +122,7 @@ def test_a_pick_travels_as_headers_and_as_dynamic_metadata():
 
 def test_envoy_is_asked_to_wait_a_little_longer_than_the_core_holds():
     response = ext_proc.hold(12.5)
-    assert response.override_message_timeout.ToMilliseconds() == 13_500
+    assert response.override_message_timeout.ToMilliseconds() == 17_500
     assert response.WhichOneof("response") is None
 
 

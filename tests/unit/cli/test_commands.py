@@ -109,7 +109,10 @@ MESH = state.Mesh(
 
 def test_status_lists_name_pid_ports_state_and_children(home):
     state.write(local.state_file(), MESH)
-    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    code = "import sys; print('here', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    assert child.stdout.readline() == b"here\n"
     try:
         with state.lock(local.lock_file()):
             (process,) = snapshot()["processes"]
@@ -120,6 +123,7 @@ def test_status_lists_name_pid_ports_state_and_children(home):
     assert process["ports"] == {"metrics": 1}
     (shown,) = [c for c in process["children"] if c["pid"] == child.pid]
     assert shown.keys() == {"name", "pid", "ports", "state", "children"}
+    assert shown["name"].startswith("python")
 
 
 def test_a_process_that_is_gone_has_no_children():
