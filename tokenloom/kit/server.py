@@ -92,10 +92,6 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
                 ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
                 ("grpc.max_concurrent_streams", streams_max),
-                # By default arrivals are refused at random once 1,000 wait to be accepted: for the
-                # batcher that would be requests that go past it.
-                ("grpc.server.max_pending_requests", streams_max),
-                ("grpc.server.max_pending_requests_hard_limit", streams_max),
                 # Calls that arrived and wait for a handler: gRPC's own bound of 1,000 cancels some at random.
                 ("grpc.server.max_pending_requests", streams_max),
                 ("grpc.server.max_pending_requests_hard_limit", streams_max),
@@ -120,10 +116,6 @@ class GrpcServer:
             (grpc.method_handlers_generic_handler(service.full_name, handlers),)
         )
         self._names.append(service.full_name)
-
-    def answer_health_for(self, *names: str) -> None:
-        """Answer health checks under these names too."""
-        self._names += names
 
     async def start(self) -> int:
         """Bind and serve; the bound port. Raises OSError when the port is taken."""

@@ -6,6 +6,7 @@ bare relay a fifth of its throughput.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -34,7 +35,9 @@ def setup(
     """Make this process's tracer provider. With an empty `endpoint` spans get ids and go nowhere."""
     global _provider
     resource = Resource.create({"service.name": service, "service.instance.id": instance})
-    provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(sample_ratio)))
+    sampler = ParentBased(TraceIdRatioBased(sample_ratio))
+    # `shutdown` below is bounded in time; the one at exit would not be.
+    provider = TracerProvider(resource=resource, sampler=sampler, shutdown_on_exit=False)
     if endpoint:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
@@ -54,8 +57,10 @@ def setup(
 def shutdown(timeout_ms: int = 2000) -> None:
     """Send what is queued, waiting at most `timeout_ms`. Blocks: call it off the event loop."""
     if _provider is not None:
-        _provider.force_flush(timeout_ms)
-        _provider.shutdown()
+        # The exporter retries a collector that is away for longer than anybody wants to wait here.
+        flushing = threading.Thread(target=_provider.shutdown, name="flush spans", daemon=True)
+        flushing.start()
+        flushing.join(timeout_ms / 1000)
 
 
 def tracer() -> trace.Tracer:
