@@ -97,6 +97,8 @@ class StepContext:
         self.cache = cache
         self.slots = slots
         self.spans = spans
+        self.rotation: tuple[Tensor, Tensor, Tensor] | None = None
+        """What a family's own layers keep here between them, see fused.py."""
         self._views: dict[tuple[int, int], View] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, flavour: Flavour) -> Tensor:

@@ -8,6 +8,8 @@ oneDNN's for bfloat16. A packed form is used only if it gives, when it is made, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -66,35 +68,52 @@ class Part(nn.Module):
         return self._together.part(self._number, x)
 
 
-def arrange(model: nn.Module) -> None:
-    """Replaces the linear layers of a model in place."""
-    first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
-    if first is None:
-        return
-    pack = _pack_for(first.weight)
+class Products:
+    """Makes the products of a model's linear layers, all in the form that suits its device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
+        self._pack = None if first is None else _pack_for(first.weight)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a single layer gains anything."""
+        return self._pack is not None
+
+    def of(self, layer: nn.Linear) -> Product:
+        """The product of one layer."""
+        return self._make(layer.weight, layer.bias)
+
+    def joined(self, layers: Seq[nn.Module]) -> Product | None:
+        """One product for layers with the same input; None when they are not alike."""
+        linear = [layer for layer in layers if type(layer) is nn.Linear]
+        if len(linear) < len(layers) or len({layer.bias is None for layer in linear}) > 1:
+            return None
+        bias = None if linear[0].bias is None else torch.cat([layer.bias for layer in linear])
+        return self._make(torch.cat([layer.weight for layer in linear]), bias)
+
+    def _make(self, weight: Tensor, bias: Tensor | None) -> Product:
+        return (self._pack or _plain)(weight.detach(), None if bias is None else bias.detach())
+
+
+def arrange(model: nn.Module, products: Products) -> None:
+    """Replaces the linear layers that are left in a model, in place."""
     for parent in list(model.modules()):
         for names in TOGETHER:
-            _join(parent, names, pack)
+            _join(parent, names, products)
         for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear and pack is not None:
-                setattr(parent, name, _packed(layer.weight, layer.bias, pack))
+            if type(layer) is nn.Linear and products.packs:
+                setattr(parent, name, Packed(products.of(layer)))
 
 
-def _join(parent: nn.Module, names: tuple[str, ...], pack: Pack | None) -> None:
-    layers = [getattr(parent, name, None) for name in names]
-    linear = [layer for layer in layers if type(layer) is nn.Linear]
-    if len(linear) < len(names) or len({layer.bias is None for layer in linear}) > 1:
+def _join(parent: nn.Module, names: tuple[str, ...], products: Products) -> None:
+    layers: list[Any] = [getattr(parent, name, None) for name in names]
+    product = products.joined(layers)
+    if product is None:
         return
-    weight = torch.cat([layer.weight for layer in linear])
-    bias = None if linear[0].bias is None else torch.cat([layer.bias for layer in linear])
-    layer = Packed(_plain(weight, bias)) if pack is None else _packed(weight, bias, pack)
-    together = _Together(layer, [layer.out_features for layer in linear])
+    together = _Together(Packed(product), [layer.out_features for layer in layers])
     for number, name in enumerate(names):
         setattr(parent, name, Part(together, number))
-
-
-def _packed(weight: Tensor, bias: Tensor | None, pack: Pack) -> Packed:
-    return Packed(pack(weight.detach(), None if bias is None else bias.detach()))
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Product:

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from services.worker.engine import attention
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.errors import EngineError, load_failed, unsupported
-from services.worker.engine.linear import arrange
+from services.worker.engine.fused import fuse
+from services.worker.engine.linear import Products, arrange
 from services.worker.engine.memory import Shape, cache_blocks, host_available_bytes
 from services.worker.engine.support import Unsupported, check_support
 
@@ -53,7 +54,7 @@ def load(config: EngineConfig, progress: Callable[[str, float], None]) -> Loaded
         raise unsupported(error.architecture, error.cause) from error
     device = _device(config.device)
     dtype = _dtype(config.dtype, raw, device)
-    shape = _shape(folder, raw, dtype)
+    shape = _shape(folder, dtype, device)
     blocks = cache_blocks(
         shape,
         available_bytes=_available_bytes(device),
@@ -66,7 +67,9 @@ def load(config: EngineConfig, progress: Callable[[str, float], None]) -> Loaded
     progress("weights", 0.1)
     model = _model(folder, dtype, device)
     progress("layout", 0.7)
-    arrange(model)
+    products = Products(model)
+    fuse(model, products)
+    arrange(model, products)
     return LoadedModel(model, device, dtype, shape, blocks)
 
 
@@ -103,7 +106,7 @@ def _dtype(name: str, raw: dict[str, Any], device: torch.device) -> torch.dtype:
 
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware."""
-    features = torch.cpu.get_capabilities()
+    features: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(features.get(name) for name in FAST_BF16)
 
 
@@ -113,7 +116,7 @@ def _available_bytes(device: torch.device) -> int:
     return host_available_bytes()
 
 
-def _shape(folder: Path, raw: dict[str, Any], dtype: torch.dtype) -> Shape:
+def _shape(folder: Path, dtype: torch.dtype, device: torch.device) -> Shape:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         elements = sum(_elements(path) for path in sorted(folder.glob("*.safetensors")))
@@ -121,6 +124,9 @@ def _shape(folder: Path, raw: dict[str, Any], dtype: torch.dtype) -> Shape:
         raise load_failed(str(error)) from error
     if not elements:
         raise load_failed("the folder has no *.safetensors")
+    if device.type == "cpu" and config.tie_word_embeddings:
+        # The head is packed for products, the embedding is not: there are two of them.
+        elements += config.vocab_size * config.hidden_size
     heads = config.num_attention_heads
     return Shape(
         weight_bytes=elements * dtype.itemsize,

@@ -8,6 +8,7 @@ reported, not counted.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from services.worker.engine.loader import load
 from services.worker.protocol import Output, Sampling, Submit
 
 TIE = 1e-4
+DEVICE = os.environ.get("TOKENLOOM_TEST_DEVICE", "cpu")
+"""Where both sides compute."""
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Run:
 def open_engine(folder: Path, **settings: object) -> Engine:
     """An engine in this process; `blocks` sets the size of its cache."""
     blocks = settings.pop("blocks", None)
-    settings = {"device": "cpu", "dtype": "float32", "kv_cache_bytes": 64 << 20, **settings}
+    settings = {"device": DEVICE, "dtype": "float32", "kv_cache_bytes": 64 << 20, **settings}
     config = EngineConfig(model_dir=str(folder), **settings)  # type: ignore[arg-type]
     loaded = load(config, lambda stage, fraction: None)
     if blocks is not None:
@@ -94,7 +97,13 @@ def reference(model: PreTrainedModel, prompts: list[list[int]], count: int) -> l
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    out = model.generate(
+        ids.to(DEVICE),
+        attention_mask=mask.to(DEVICE),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+    )
     return [[int(token) for token in row] for row in out[:, longest:]]
 
 
@@ -103,7 +112,7 @@ def load_reference(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def compare(
@@ -121,7 +130,7 @@ def compare(
         elif want != have:
             at = next(place for place in range(len(want)) if want[place] != have[place])
             with torch.inference_mode():
-                logits = model(torch.tensor([prompt + want[:at]])).logits[0, -1]
+                logits = model(torch.tensor([prompt + want[:at]], device=DEVICE)).logits[0, -1]
             behind = float(logits.max() - min(logits[want[at]], logits[have[at]]))
             found = f"prompt {number}, token {at}: {have[at]} instead of {want[at]}, {behind:.1e} apart"
             (report.ties if behind < TIE else report.wrong).append(found)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from services.worker.engine import linear
-from services.worker.engine.linear import Packed, Part, arrange
+from services.worker.engine.linear import Packed, Part, Products
 
 
 class Attention(nn.Module):
@@ -38,6 +38,10 @@ class Block(nn.Module):
 
     def forward(self, x):
         return self.mlp(self.attention(x))
+
+
+def arrange(model):
+    linear.arrange(model, Products(model))
 
 
 def outputs(model, dtype):
