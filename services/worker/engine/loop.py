@@ -9,11 +9,12 @@ from __future__ import annotations
 import select
 import socket
 import time
+import traceback
 
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.engine import Engine
-from services.worker.engine.errors import EngineError
-from services.worker.engine.loader import load
+from services.worker.engine.errors import EngineError, load_failed
+from services.worker.engine.loader import LoadedModel, load
 from services.worker.engine.warmup import warm_up
 from services.worker.protocol import (
     Cancel,
@@ -58,12 +59,22 @@ class EngineLoop:
 
     def _start(self) -> Engine:
         self._send(Progress("start", 0.0))
-        loaded = load(self._config, lambda stage, fraction: self._send(Progress(stage, fraction)))
+        loaded = self._load()
         engine = Engine(loaded, self._config, time.monotonic_ns)
         self._send(Progress("warm-up", 0.9))
         warm_up(engine)
         self._send(engine.ready())
         return engine
+
+    def _load(self) -> LoadedModel:
+        try:
+            return load(self._config, lambda stage, fraction: self._send(Progress(stage, fraction)))
+        except (EngineError, ConnectionError):
+            raise
+        except Exception as error:
+            # Libraries raise anything for a folder that is wrong in a way nobody thought of.
+            traceback.print_exc()
+            raise load_failed(f"{type(error).__name__}: {error}") from error
 
     def _turn(self, engine: Engine) -> None:
         """One step, or, when there is nothing to do, the load once and then a wait for commands."""

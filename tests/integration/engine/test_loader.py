@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.worker.engine import loader
+from services.worker.engine import fused, loader
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.errors import EngineError
 from services.worker.engine.loader import load
+from tests.integration.engine.families import build
 
 
 @pytest.fixture
@@ -83,6 +84,12 @@ def test_a_truncated_file_is_a_failed_load(folder: Path) -> None:
 def test_weights_of_another_shape_are_a_failed_load(folder: Path) -> None:
     change_config(folder, intermediate_size=96)
     refusal(folder, "MODEL_LOAD_FAILED")
+
+
+@pytest.mark.parametrize(("family", "own"), [("qwen3", True), ("mistral", True), ("gemma2", False)])
+def test_plain_layers_are_replaced_and_others_kept(tmp_path: Path, family: str, own: bool) -> None:
+    model = load(EngineConfig(model_dir=str(build(family, tmp_path)), device="cpu"), lambda *_: None).model
+    assert {isinstance(layer, fused.Layer) for layer in model.model.layers} == {own}
 
 
 def test_an_unknown_device_is_named(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -151,6 +152,15 @@ def test_an_engine_that_cannot_start_says_why_and_ends(tmp_path: Path) -> None:
         assert failed.reason == "MODEL_UNSUPPORTED"
         assert failed.metadata["architecture"] == "mamba"
         assert process.wait(WAIT_S) == 1
+
+
+def test_a_folder_that_is_wrong_in_an_odd_way_is_a_failed_load(tiny_llama: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": "many"}))
+    with engine(tmp_path) as (_, front):
+        *_, failed = front.until(lambda event: isinstance(event, Failed))
+        assert failed.reason == "MODEL_LOAD_FAILED"
+        assert "\n" not in failed.message
 
 
 def test_a_bad_configuration_is_a_line_and_a_status() -> None:
