@@ -1,4 +1,4 @@
-"""Two meshes for the whole run: one of sim workers, one with the real model."""
+"""Two meshes, each for the one module that uses it: one of sim workers, one with the real model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.e2e.mesh import Mesh
 from tools.fetch import fetch_model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sim_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """Two sim workers of 64 sequences, 10 ms a step."""
     mesh = Mesh(
@@ -23,7 +23,7 @@ def sim_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     mesh.down()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model_home(tmp_path_factory: pytest.TempPathFactory) -> Mesh:
     """A home whose store holds SmolLM2-135M-Instruct as `smollm2`; nothing runs in it yet."""
     mesh = Mesh(tmp_path_factory.mktemp("real"))
@@ -31,7 +31,7 @@ def model_home(tmp_path_factory: pytest.TempPathFactory) -> Mesh:
     return mesh
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real_mesh(model_home: Mesh) -> Iterator[Mesh]:
     """One torch worker with the real model in float32, where equal tokens may be claimed."""
     model_home.environ["TOKENLOOM_WORKER_DTYPE"] = "float32"

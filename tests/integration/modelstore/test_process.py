@@ -59,7 +59,18 @@ def sources(tmp_path):
 
 
 def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The kernel lists children by the thread that started them, and any thread may have."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+async def started_child(pid):
+    """The progress is told before the process is there."""
+    for _ in range(100 * ENDS_S):
+        if found := children(pid):
+            return found
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"process {pid} started no other within {ENDS_S} s")
 
 
 async def names(stub):
@@ -79,7 +90,7 @@ async def test_a_modelstore_killed_while_it_imports_comes_back_with_the_old_stat
         async for response in importing:
             if response.progress.stage == "convert":
                 break
-        converters = [os.pidfd_open(pid) for pid in children(running.pid)]
+        converters = [os.pidfd_open(pid) for pid in await started_child(running.pid)]
         assert len(converters) == 1
         running.send_signal(signal.SIGKILL)
         running.wait(ENDS_S)
@@ -106,7 +117,7 @@ async def test_a_cancelled_import_ends_its_converter(tmp_path, sources, unused_p
         async for response in importing:
             if response.progress.stage == "convert":
                 break
-        converters = [os.pidfd_open(pid) for pid in children(running.pid)]
+        converters = [os.pidfd_open(pid) for pid in await started_child(running.pid)]
         importing.cancel()
         ended, _, _ = await asyncio.to_thread(select.select, converters, [], [], ENDS_S)
         assert ended == converters
