@@ -1,5 +1,7 @@
-"""Manners of the engine's process on its host: environment, memory allocator, threads. Imports no torch
-before it is asked for the threads, because libraries read the environment when they are loaded."""
+"""Manners of the engine's process on its host: environment, memory allocator, threads.
+
+Libraries read the environment when they are loaded, so torch is not imported here before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
-    # How long a thread that waits for the others keeps its core, in turns of a loop: about half a
-    # millisecond. The default is longer than a scheduler's time slice, so on cores that gateway and
-    # proxies share with the engine, threads would mostly wait for threads that cannot run.
-    "GOMP_SPINCOUNT": "10000",
+    # How long a thread that waits for the others keeps its core, in turns of a loop: 1 to 2 ms. The
+    # default is several times a scheduler's time slice, so on cores that gateway and proxies share with
+    # the engine, threads would mostly wait for threads that cannot run.
+    "GOMP_SPINCOUNT": "30000",
 }
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
