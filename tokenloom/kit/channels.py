@@ -10,6 +10,8 @@ import grpc
 from tokenloom.kit.server import MESSAGE_BYTES_MAX, METADATA_BYTES_MAX
 
 KEEPALIVE_MS = 20_000
+CONNECT_TIMEOUT_MS = 10_000
+"""The longest that a connection may take, HTTP/2 settings of a busy server included."""
 RECONNECT_BACKOFF_MAX_MS = 2_000
 
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
@@ -28,7 +30,8 @@ def open_channel(target: str) -> grpc.aio.Channel:
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            # Its name misleads: gRPC uses it as the time that one attempt to connect may take.
+            ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
             ("grpc.max_reconnect_backoff_ms", RECONNECT_BACKOFF_MAX_MS),
             ("grpc.enable_http_proxy", 0),
             # Own connections for each channel object: a pool of channels is a pool of connections.

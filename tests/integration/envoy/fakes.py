@@ -173,16 +173,17 @@ def _headers(request: ep.ProcessingRequest, kind: str) -> dict[str, str]:
     return {h.key: h.raw_value.decode("latin-1") for h in found.headers}
 
 
-async def call_many(port: str, streams: int, tokens: int) -> None:
-    """Read `streams` streams of `tokens` tokens to their ends, and say how many were whole."""
+async def call_many(port: str, streams: int, tokens: int, hold_at: int) -> None:
+    """Read `streams` streams of `tokens` tokens, held at one of them, and say how many were whole."""
     options = [("grpc.tcp_receive_buffer_size", SMALL_BUFFER_BYTES)]
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
         stub = channel.unary_stream("/loom.worker.v1.WorkerService/Generate")
         say("ready")
+        ask = json.dumps({"tokens": tokens, "hold_at": hold_at}).encode()
 
         async def read() -> bool:
             try:
-                return len([t async for t in stub(json.dumps({"tokens": tokens}).encode())]) == tokens
+                return len([t async for t in stub(ask)]) == tokens
             except grpc.aio.AioRpcError:
                 return False
 

@@ -18,7 +18,7 @@ import grpc
 from tokenloom.cli import envoy, ports
 
 GENERATE = "/loom.worker.v1.WorkerService/Generate"
-WAIT_S = 15.0
+WAIT_S = 60.0
 """The longest that any one event is waited for."""
 
 Metadata = list[tuple[str, str | bytes]]

@@ -75,9 +75,10 @@ async def test_a_gateway_that_pauses_loses_none_of_its_streams(mesh: Mesh):
             resource["socket_options"] = [option]
 
     await mesh.start(change=small_buffers)
-    caller = await mesh.fake("caller", mesh.ports.mesh, streams=100, tokens=300)
-    await mesh.workers[0].saw("call", 100)
+    caller = await mesh.fake("caller", mesh.ports.mesh, streams=100, tokens=300, hold_at=0)
+    await mesh.workers[0].saw("holding", 100)
     caller.freeze()
+    mesh.workers[0].tell(release=True)
     await mesh.workers[0].saw("served", 100)
     await mesh.until("http2.outbound_frames_active", lambda frames: frames > DEFAULT_OUTBOUND_FRAMES_MAX)
     caller.thaw()
