@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PROTOS := $(shell find protos -name '*.proto')
+CPU := services/worker/engine/cpu
 
-.PHONY: help install proto lint test demo wire lock clean
+.PHONY: help install proto kernels lint test demo bench-peers wire lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## everything into .venv, downloads cached in the user's cache folder
 
@@ -29,7 +30,14 @@ gen/.built: $(PROTOS) tools/proto.py tools/tools.lock $(VENV)/.locked
 
 proto: gen/.built  ## generate gen/ from protos/ and the pinned Envoy contracts
 
-$(VENV)/.installed: $(VENV)/.locked gen/.built pyproject.toml tools/tools.lock
+# One library for each instruction set; without a C++ compiler there is none, and it is said.
+$(CPU)/built/.built: $(wildcard $(CPU)/*.h $(CPU)/*.cpp $(CPU)/build.py) $(VENV)/.locked
+	$(BIN)/python -m services.worker.engine.cpu.build
+	@mkdir -p $(@D) && touch $@
+
+kernels: $(CPU)/built/.built  ## compile the engine's CPU kernels (a C++ compiler, or CXX=)
+
+$(VENV)/.installed: $(VENV)/.locked gen/.built $(CPU)/built/.built pyproject.toml tools/tools.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m tools.fetch envoy
 	$(BIN)/python -m tools.fetch model
@@ -47,6 +55,9 @@ test: install  ## all tests, the real Envoy and the real model included
 demo: install  ## start a mesh, ask it a question, draw the trace, stop it
 	$(BIN)/python -m tools.demo
 
+bench-peers: install  ## ours and a peer in turn: ARGS="--vllm-venv DIR" or ARGS=--transformers
+	$(BIN)/python -m tools.bench_peers $(ARGS)
+
 wire: install  ## show how the protos differ from protos/wire.lock, then take them as agreed
 	@$(BIN)/python -m tools.wire | diff protos/wire.lock - || true
 	@$(BIN)/python -m tools.wire > protos/wire.lock
@@ -57,4 +68,4 @@ lock:  ## resolve requirements.lock anew (needs uv)
 	  -o requirements.lock pyproject.toml
 
 clean:  ## remove what make built
-	rm -rf $(VENV) gen .tools build *.egg-info
+	rm -rf $(VENV) gen .tools build $(CPU)/built *.egg-info

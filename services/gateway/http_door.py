@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from starlette.applications import Starlette
@@ -9,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway.core.catalogue import ModelVersion
 from services.gateway.core.openai_body import parse_chat, parse_text
@@ -31,7 +32,7 @@ def make_app(pipeline: Pipeline, *, body_bytes_max: int, default_timeout_s: floa
     chat = generate(operation="chat", parse=parse_chat, renderer=ChatRenderer)
     text = generate(operation="text_completion", parse=parse_text, renderer=TextRenderer)
     door = _Models(pipeline)
-    return Starlette(
+    rest = Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", text, methods=["POST"]),
@@ -42,6 +43,21 @@ def make_app(pipeline: Pipeline, *, body_bytes_max: int, default_timeout_s: floa
         ],
         exception_handlers={HTTPException: _http_error, CallError: _call_error, Exception: _defect},
     )
+    return _Door({"/v1/chat/completions": chat, "/v1/completions": text}, rest)
+
+
+class _Door:
+    """Hands generations over directly: each layer of Starlette's would be one more hop for every token."""
+
+    def __init__(self, generating: Mapping[str, ASGIApp], rest: ASGIApp) -> None:
+        self._generating = generating
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._rest
+        if scope["type"] == "http" and scope["method"] == "POST":
+            app = self._generating.get(scope["path"], app)
+        await app(scope, receive, send)
 
 
 class _Models:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -144,9 +144,7 @@ async def _stream(
             headers = [*_SSE_HEADERS, (REQUEST_ID.encode(), generation.caller.request_id.encode())]
             await answer.send({"type": "http.response.start", "status": 200, "headers": headers})
         if event.text or event.end is not None or every:
-            await answer.send(
-                {"type": "http.response.body", "body": renderer.chunk(event), "more_body": True}
-            )
+            await answer.part(renderer.chunk(event))
     last = renderer.usage_chunk(tally_of(generation)) + DONE if include_usage else DONE
     await answer.send({"type": "http.response.body", "body": last, "more_body": False})
 
@@ -171,6 +169,10 @@ class _Answer:
         self.started = True
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
+
+    def part(self, body: bytes) -> Awaitable[None]:
+        """Send more of an answer that has started; not a coroutine of its own, for there is one a token."""
+        return self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def respond(self, response: Response) -> None:
         """Send a whole answer."""

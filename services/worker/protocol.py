@@ -42,7 +42,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     stop_token_ids: list[int]
     sampling: Sampling
     priority: int = 2
-    cache_salt: str = ""
+    prefix_root: bytes = b""
+    """Only sequences of the same root share cached blocks: `tokenloom.contract.prefix.root_hash`."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -98,6 +99,8 @@ class Load(msgspec.Struct, frozen=True):
     queued_prefill_tokens: int
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    cached_blocks: int = 0
+    """Blocks whose content can be found by a prompt, held or free; the latter count as free."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from tokenloom.contract.models import parse_model
 from tokenloom.kit.settings import ServiceSettings, settings_config
 
+STEP_TOKENS = 512
 WILDCARDS = frozenset({"0.0.0.0", "::", "[::]"})
 
 
@@ -36,9 +37,14 @@ class WorkerSettings(ServiceSettings):
     """Of each engine; 0 lets the engine choose."""
     sequences_max: int = Field(64, ge=1, le=4096)
     """Sequences of one model that run at once."""
-    step_tokens_max: int = Field(512, ge=1, le=65536)
-    """Tokens that one step may compute, decodes and prompt chunks together."""
+    step_tokens_max: int = Field(0, ge=0, le=65536)
+    """Tokens that one step may compute, decodes and prompt chunks together, at least `sequences_max`;
+    0: STEP_TOKENS, or `sequences_max` where that is more."""
     block_tokens: int = Field(16, ge=1, le=1024)
+    prefix_cache: bool = True
+    """Whether a prompt finds blocks of the KV cache that hold its beginning already."""
+    pipeline_depth: int = Field(1, ge=1, le=2)
+    """2: an engine prepares its next step while it computes the present one."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads of each engine; 0: as many as the process may use."""
 
@@ -72,6 +78,11 @@ class WorkerSettings(ServiceSettings):
     sim_load_s: float = Field(0.0, ge=0, le=3600)
     """How long the sim engine pretends to load."""
 
+    @property
+    def step_tokens(self) -> int:
+        """What `step_tokens_max` stands for."""
+        return self.step_tokens_max or max(STEP_TOKENS, self.sequences_max)
+
     @field_validator("models")
     @classmethod
     def _names_are_models(cls, value: str) -> str:
@@ -83,8 +94,11 @@ class WorkerSettings(ServiceSettings):
     def _fits_together(self) -> Self:
         if self.host in WILDCARDS and not self.advertise:
             raise ValueError(f"advertise must be set to ip:port when host is {self.host}")
-        if self.step_tokens_max < self.sequences_max:
-            raise ValueError("step_tokens_max must be at least sequences_max: each sequence takes one a step")
+        if 0 < self.step_tokens_max < self.sequences_max:
+            raise ValueError(
+                f"step_tokens_max ({self.step_tokens_max}) must be at least sequences_max "
+                f"({self.sequences_max}): each running sequence takes one token of a step"
+            )
         if self.heartbeat_ms < self.report_interval_ms:
             raise ValueError("heartbeat_ms must be at least report_interval_ms")
         if len(split_models(self.models)) > self.models_max:

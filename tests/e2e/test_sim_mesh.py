@@ -58,6 +58,17 @@ async def test_a_prompt_is_answered_token_by_token(sim_mesh):
     assert first.started.model_version.startswith("sim@sha256:")
 
 
+async def test_a_prompt_that_its_worker_knows_is_reported_as_cached(sim_mesh):
+    request = greedy([(n * n + n) % 250 for n in range(200)], 4, "sim")
+    async with connected(sim_mesh.target) as client:
+        answers = [await client.generate(request) for _ in range(8)]
+    assert failures(answers) == []
+    assert [a.started.cached_prompt_tokens for a in answers] == [
+        a.finished.usage.cached_prompt_tokens for a in answers
+    ]
+    assert {a.finished.usage.cached_prompt_tokens for a in answers} == {0, 192}
+
+
 async def test_1400_requests_held_at_once_all_pass_the_batcher(sim_mesh, batcher):
     before = (await batcher.state()).counters
     async with connected(sim_mesh.target, 4) as client:

@@ -15,7 +15,7 @@ CORE_FORBIDDEN = {
     "asyncio", "google", "grpc", "logging", "loom", "msgspec", "os", "prometheus_client", "random", "socket",
     "structlog", "subprocess", "threading", "time", "torch", "transformers",
 }  # fmt: skip
-TORCH_ROOMS = ("services/worker/engine/", "services/modelstore/converter")
+TORCH_ROOMS = ("services/worker/engine/", "services/worker/bench/", "services/modelstore/converter")
 
 
 def imports(path):
@@ -89,7 +89,11 @@ def test_torch_stays_in_its_rooms():
 
 
 def test_the_engine_imports_no_grpc_and_no_generated_code():
-    rooms = ("services/worker/core/", "services/worker/engine/", "services/worker/protocol.py")
+    rooms = tuple(
+        f"services/worker/{room}"
+        for room in ("core/", "engine/", "bench/", "protocol.py", "link.py", "stepping.py")
+    )
+    rooms = (*rooms, "tokenloom/bench/")
     paths = [p for p in SOURCES if name(p).startswith(rooms)]
     generated = ("grpc", "google", "loom", "envoy", "xds", "tokenloom.kit")
     assert broken(paths, lambda _, module: module.startswith(generated)) == []

@@ -15,6 +15,7 @@ from rich.console import Console
 from tokenloom.cli import logs as logs_command
 from tokenloom.cli import status as status_command
 from tokenloom.cli import up as up_command
+from tokenloom.cli.bench import app as bench_app
 from tokenloom.cli.errors import CliError
 from tokenloom.cli.models import app as models_app
 from tokenloom.cli.plan import WORKERS_MAX, Engine, Options
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 PIPED_COLUMNS = 140
 """The width of a drawing that goes into a file or a pipe."""

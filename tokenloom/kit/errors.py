@@ -40,12 +40,14 @@ REASONS: Mapping[str, errors_pb2.ReasonSpec] = _read_table()
 _REASON_OF_CODE = {
     grpc.StatusCode.UNAVAILABLE: "SERVICE_UNAVAILABLE",
     grpc.StatusCode.DEADLINE_EXCEEDED: "DEADLINE_EXCEEDED",
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "REQUEST_TOO_LARGE",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "QUEUE_FULL",
     grpc.StatusCode.INVALID_ARGUMENT: "REQUEST_MALFORMED",
     grpc.StatusCode.UNIMPLEMENTED: "FEATURE_UNSUPPORTED",
     grpc.StatusCode.UNAUTHENTICATED: "UNAUTHENTICATED",
     grpc.StatusCode.PERMISSION_DENIED: "PERMISSION_DENIED",
 }
+
+_TOO_LARGE_WORDS = ("message larger than max", "metadata size exceeds")
 
 
 class CallError(Exception):
@@ -130,6 +132,9 @@ def _nearest_reason(code: grpc.StatusCode, message: str) -> str:
     # A peer that dies mid-stream shows as INTERNAL "Received RST_STREAM ...": its work can be redone.
     if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in message:
         return "ENGINE_RESTARTED"
+    # gRPC's own bounds on sizes have this code too: sending the same again would not help.
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and any(words in message for words in _TOO_LARGE_WORDS):
+        return "REQUEST_TOO_LARGE"
     return _REASON_OF_CODE.get(code, "INTERNAL")
 
 

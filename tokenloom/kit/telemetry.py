@@ -27,6 +27,7 @@ QUEUED_SPANS_MAX = 8192
 
 _propagator = TraceContextTextMapPropagator()
 _provider: TracerProvider | None = None
+_tracer: tuple[trace.TracerProvider, trace.Tracer] | None = None
 
 
 def setup(
@@ -64,7 +65,12 @@ def shutdown(timeout_ms: int = 2000) -> None:
 
 
 def tracer() -> trace.Tracer:
-    return trace.get_tracer("tokenloom")
+    """The process's tracer, made once a provider: making one costs as much as a span."""
+    global _tracer
+    provider = trace.get_tracer_provider()
+    if _tracer is None or _tracer[0] is not provider:
+        _tracer = provider, provider.get_tracer("tokenloom")
+    return _tracer[1]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from loom.inference.v1 import inference_pb2
 from loom.worker.v1 import worker_pb2
 
@@ -25,7 +26,8 @@ from tokenloom.kit.errors import STATUS_DETAILS_KEY, CallError, from_rpc_error
 GENERATE = "/loom.worker.v1.WorkerService/Generate"
 
 _serialize = worker_pb2.GenerateRequest.SerializeToString
-_deserialize = worker_pb2.GenerateResponse.FromString
+_parse = worker_pb2.GenerateResponse.FromString
+_NO_LOGPROBS: tuple[PositionLogprobs, ...] = ()
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _BROKE = {
@@ -47,7 +49,7 @@ class GrpcMesh:
         self, request: SequenceRequest, *, timeout_s: float, trace: Sequence[tuple[str, str]]
     ) -> GrpcWorkerStream:
         start: Any = self._pool.next().unary_stream(
-            GENERATE, request_serializer=_serialize, response_deserializer=_deserialize
+            GENERATE, request_serializer=_serialize, response_deserializer=None
         )
         metadata = (*_headers(request).encode(), *trace)
         return GrpcWorkerStream(start(to_proto(request), metadata=metadata, timeout=timeout_s))
@@ -62,10 +64,12 @@ class GrpcWorkerStream:
 
     async def read(self) -> WorkerMessage | None:
         try:
-            message = await self._read()
+            data = await self._read()
+            return None if data is _EOF else from_proto(_parse(data))
         except grpc.RpcError as error:
             raise failure_of(error) from None
-        return None if message is _EOF else from_proto(message)
+        except DecodeError as error:
+            raise CallError("ENGINE_RESTARTED", f"a worker's message cannot be read: {error}") from None
 
     def cancel(self) -> None:
         with contextlib.suppress(Exception):  # Cancelling twice is no error of anybody's.
@@ -120,15 +124,21 @@ def _headers(request: SequenceRequest) -> RequestHeaders:
 def from_proto(message: worker_pb2.GenerateResponse) -> WorkerMessage:
     """One message of the worker's as plain values."""
     tokens = message.tokens
-    started = message.started if message.HasField("started") else None
-    return WorkerMessage(
-        index=tokens.index,
-        token_ids=list(tokens.token_ids),
-        logprobs=[PositionLogprobs(p.chosen, tuple(p.top_token_ids), tuple(p.top)) for p in tokens.logprobs],
-        finish=_finish(message.finished) if message.HasField("finished") else None,
-        worker=started.worker if started is not None else None,
-        cached_prompt_tokens=started.cached_prompt_tokens if started is not None else 0,
+    logprobs = tokens.logprobs
+    read = WorkerMessage(
+        tokens.index,
+        [*tokens.token_ids],
+        [PositionLogprobs(p.chosen, tuple(p.top_token_ids), tuple(p.top)) for p in logprobs]
+        if logprobs
+        else _NO_LOGPROBS,
+        _finish(message.finished) if message.HasField("finished") else None,
+        None,
+        0,
     )
+    if message.HasField("started"):
+        read.worker = message.started.worker
+        read.cached_prompt_tokens = message.started.cached_prompt_tokens
+    return read
 
 
 def _finish(finished: worker_pb2.Finished) -> WorkerFinish:

@@ -30,8 +30,10 @@ class TorchEngines:
                 dtype=s.dtype,
                 kv_cache_bytes=s.kv_cache_bytes,
                 sequences_max=s.sequences_max,
-                step_tokens_max=s.step_tokens_max,
+                step_tokens_max=s.step_tokens,
                 block_tokens=s.block_tokens,
+                prefix_cache=s.prefix_cache,
+                pipeline_depth=s.pipeline_depth,
                 threads=s.threads,
             )
             return ["-m", "services.worker.engine", "--config", encode_config(config)]
@@ -63,8 +65,9 @@ class SimEngines:
             prefill_tokens_per_s=s.sim_prefill_tokens_per_s,
             load_s=s.sim_load_s,
             sequences_max=s.sequences_max,
-            step_tokens_max=s.step_tokens_max,
+            step_tokens_max=s.step_tokens,
             block_tokens=s.block_tokens,
+            prefix_cache=s.prefix_cache,
             total_blocks=max(1, blocks),
             context_length=context_length,
             vocab_size=version.vocab_size or SIM_VOCAB_SIZE,

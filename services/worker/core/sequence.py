@@ -9,6 +9,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from services.worker.core.prefix import Content
+
 
 class State(enum.Enum):
     """Where a sequence is in its life."""
@@ -29,7 +31,12 @@ class Event(enum.Enum):
 
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
-    State.WAITING: {Event.ADMIT: State.RUNNING, Event.CANCEL: State.CANCELLED},
+    State.WAITING: {
+        Event.ADMIT: State.RUNNING,
+        # Pre-empted while a step that draws for it is computed: the token counts and may be the last.
+        Event.FINISH: State.FINISHED,
+        Event.CANCEL: State.CANCELLED,
+    },
     State.RUNNING: {
         Event.PREEMPT: State.WAITING,
         Event.FINISH: State.FINISHED,
@@ -69,8 +76,20 @@ class Sequence:
     """Order of arrival; set by the scheduler."""
     state: State = State.WAITING
     computed: int = 0
-    """Tokens whose keys and values are in `blocks`."""
+    """Tokens whose keys and values are in `blocks`, or will be once the plans made so far are computed."""
     blocks: list[int] = field(default_factory=list)
+    planned: int = 0
+    """Plans that hold it and are not settled yet."""
+    in_flight: int = 0
+    """Tokens that those plans draw: they follow `tokens` and are not known yet."""
+    prefix_root: bytes = b""
+    """Only sequences of the same root share cached blocks."""
+    chain: list[Content] = field(default_factory=list)
+    """What its first full blocks hold, as far as somebody asked."""
+    kept: int = 0
+    """How many of `blocks` can be found by their content."""
+    cached: int = 0
+    """Tokens of the prompt whose blocks were found when it began."""
     arrived_ns: int = 0
     started_ns: int = 0
     first_token_ns: int = 0
@@ -80,9 +99,14 @@ class Sequence:
     """Tokens computed as part of a prompt; more than the prompt after a pre-emption or a resume."""
 
     @property
+    def length(self) -> int:
+        """Tokens, those included that are not known yet."""
+        return len(self.tokens) + self.in_flight
+
+    @property
     def pending(self) -> int:
-        """Tokens that are not computed yet; 1 while decoding."""
-        return len(self.tokens) - self.computed
+        """Tokens that no plan has computed yet; 1 while decoding."""
+        return len(self.tokens) + self.in_flight - self.computed
 
     @property
     def output_tokens(self) -> int:
@@ -100,6 +124,13 @@ class Sequence:
             self.state = TRANSITIONS[self.state][event]
         except KeyError:
             raise IllegalTransition(f"{self.id}: {event.value} while {self.state.value}") from None
+
+    def ends_in_flight(self, context_length: int) -> bool:
+        """Whether a token that is not known yet is the last one, whatever it will be."""
+        if not self.in_flight:
+            return False
+        length = self.length
+        return length - self.prompt_tokens >= self.max_new_tokens or length >= context_length
 
     def finish_after(self, token: int, context_length: int) -> Finish | None:
         """Whether the sequence ends with `token`, which has just become its last one."""

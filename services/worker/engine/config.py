@@ -36,6 +36,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Tokens that one step may compute: all decodes first, then chunks of prompts."""
     block_tokens: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Tokens in one block of the KV cache."""
+    prefix_cache: bool = True
+    """Whether a prompt finds blocks of the KV cache that hold its beginning already."""
+    pipeline_depth: Annotated[int, Meta(ge=1, le=2)] = 1
+    """2: the next step is prepared while the present one is computed, by a thread of its own."""
     threads: NotNegative = 0
     """CPU threads for torch; 0: as many as this process may use."""
 

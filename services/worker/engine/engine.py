@@ -1,31 +1,66 @@
 """The engine without its process: sequences in, one `Step` of outputs for each step out.
 
-A step is plan, run, sample, settle. No sockets here, and the clock is an argument, so that tests and
-benchmarks drive it in their own process.
+A step is begun (planned and laid out), computed, settled and told. `step()` does all of it; a loop that
+computes in another thread may begin the next step meanwhile and tell of the one before, because only
+`compute` runs there and it touches nothing that the others change. A step that runs out of memory is
+taken back, and the next ones are smaller. No sockets here, and the clock is an argument, so that tests
+and benchmarks drive it in their own process.
 """
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from services.worker.core.scheduler import Advance, Limits, Plan, Scheduler, Verdict
-from services.worker.core.sequence import Finish, Sequence
+from services.worker.core.plan import Advance, Limits, Plan, Verdict
+from services.worker.core.scheduler import Scheduler
+from services.worker.core.sequence import Finish
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.history import History
+from services.worker.engine.layout import Flat
 from services.worker.engine.loader import LoadedModel
 from services.worker.engine.rates import Rates
 from services.worker.engine.runner import Runner
 from services.worker.engine.sampling import Batch, Drawn, sample
-from services.worker.protocol import Load, Output, Ready, Step, Submit, TokenLogprobs
+from services.worker.engine.shortage import free_caches, is_shortage
+from services.worker.protocol import Load, Output, Ready, Step, Submit
+from services.worker.stepping import load_of, output_of, refusal, sequence_of
 
 Clock = Callable[[], int]
 """Nanoseconds of a monotonic clock."""
 
+GIVEN_UP = "the device's memory does not suffice for this sequence even alone, one token at a time"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """One step on its way."""
+
+    plan: Plan
+    flat: Flat
+    histories: list[History]
+    began_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """What a settled step gave, to be told."""
+
+    advances: list[Advance]
+    drawn: Drawn
+    lost: list[Output]
+    """Sequences that were given up."""
+    ended_ns: int
+    step_ns: int
+    tokens: int
+
 
 class Engine:
-    """One model's sequences. Not thread-safe."""
+    """One model's sequences. Not thread-safe but for `compute`."""
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig, clock_ns: Clock) -> None:
         self._loaded = loaded
@@ -39,15 +74,17 @@ class Engine:
             waiting_max=config.waiting_max,
         )
         self._runner = Runner(loaded, self.limits)
-        self._scheduler = Scheduler(self.limits)
+        self._scheduler = Scheduler(self.limits, prefix_cache=config.prefix_cache)
         self._histories: dict[str, History] = {}
+        self._flights: deque[Flight] = deque()
         self._batch = Batch([], loaded.device)
         self._rates = Rates()
+        self._ended_ns = 0
 
     @property
     def idle(self) -> bool:
-        """Whether there is no sequence here."""
-        return not len(self._scheduler)
+        """Whether there is no sequence here, and no step on its way."""
+        return not len(self._scheduler) and not self._flights
 
     @property
     def architecture(self) -> str:
@@ -71,93 +108,104 @@ class Engine:
 
     def submit(self, command: Submit) -> Output | None:
         """Queues a sequence; an Output that ends it at once when it cannot run."""
-        tokens = command.prompt + command.output
-        sequence = Sequence(
-            id=command.id,
-            tokens=tokens,
-            prompt_tokens=len(command.prompt),
-            max_new_tokens=command.max_new_tokens,
-            min_new_tokens=command.min_new_tokens,
-            stop_token_ids=frozenset(command.stop_token_ids),
-            priority=command.priority,
-        )
+        sequence = sequence_of(command)
         if not all(0 <= token < self._loaded.shape.vocab_size for token in self._named_ids(command)):
-            return _refusal(command, "a token id is outside the vocabulary")
+            return refusal(command, "a token id is outside the vocabulary")
         verdict = self._scheduler.add(sequence, self._clock_ns())
         if verdict is Verdict.COMPLETE:
             return Output(id=command.id, tokens=[], index=len(command.output), finish=Finish.LENGTH.value)
         if verdict is not Verdict.ACCEPTED:
-            return _refusal(command, REFUSALS[verdict])
+            return refusal(command, REFUSALS[verdict])
         self._histories[command.id] = History.of(sequence, command.sampling)
         return None
 
     def cancel(self, sequence_id: str) -> None:
-        """Forgets a sequence; its blocks are free at once."""
+        """Forgets a sequence; its blocks are free once no step on its way writes to them."""
         if self._scheduler.cancel(sequence_id) is not None:
             del self._histories[sequence_id]
 
     def step(self) -> Step:
         """Computes one step; without outputs when there was nothing to do."""
-        began_ns = self._clock_ns()
-        plan = self._scheduler.plan(began_ns)
-        drawn = self._compute(plan) if plan else Drawn([], [])
+        flight = self.begin()
+        if flight is None:
+            return Step([], self.load())
+        return self.tell(self.settle(self.compute(flight)))
+
+    def begin(self) -> Flight | None:
+        """The next step; None when it depends on one that is on its way, or there is nothing to do."""
+        now_ns = self._clock_ns()
+        plan = self._scheduler.plan(now_ns)
+        if not plan:
+            return None
+        flat = self._runner.prepare(plan)
+        flight = Flight(plan, flat, [self._histories[one.id] for one in flat.sequences], now_ns)
+        self._flights.append(flight)
+        return flight
+
+    def next(self) -> Flight | None:
+        """The oldest step that is not settled."""
+        return self._flights[0] if self._flights else None
+
+    @torch.inference_mode()
+    def compute(self, flight: Flight) -> Drawn | None:
+        """The tokens of the oldest step that is not settled; None when memory ran out.
+
+        In any one thread. Meanwhile other threads may call everything but `settle`.
+        """
+        try:
+            logits = self._runner.run(flight.flat)
+            if logits is None:
+                return Drawn([], [])
+            if not self._batch.is_for(flight.flat.sequences):
+                self._batch = Batch(flight.histories, self._loaded.device)
+            return sample(logits, self._batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            print(f"a step of {flight.plan.tokens} tokens ran out of memory: {error}", file=sys.stderr)
+            return None
+
+    def settle(self, drawn: Drawn | None) -> Landing:
+        """Books what `compute` gave for the oldest step."""
+        if drawn is None:
+            return self._retreat()
+        flight = self._flights.popleft()
         ended_ns = self._clock_ns()
-        advances = self._scheduler.settle(plan, drawn.tokens, ended_ns)
-        self._rates.note(plan.tokens - plan.decodes, plan.decodes, ended_ns - began_ns)
-        outputs = [
-            self._output(advance, logprobs, ended_ns)
-            for advance, logprobs in zip(advances, drawn.logprobs, strict=True)
-        ]
-        return Step(outputs, self.load(), ended_ns - began_ns, plan.tokens)
+        advances = self._scheduler.settle(flight.plan, drawn.tokens, ended_ns)
+        for advance in advances:
+            if advance.finish is not None:
+                del self._histories[advance.sequence.id]
+        step_ns = ended_ns - max(flight.began_ns, self._ended_ns)
+        self._ended_ns = ended_ns
+        self._rates.note(flight.plan.tokens - flight.plan.decodes, flight.plan.decodes, step_ns)
+        return Landing(advances, drawn, [], ended_ns, step_ns, flight.plan.tokens)
+
+    def tell(self, landing: Landing) -> Step:
+        """The outputs of a settled step."""
+        logprobs, now_ns = landing.drawn.logprobs, landing.ended_ns
+        outputs = [output_of(advance, logprobs[advance.row], now_ns) for advance in landing.advances]
+        return Step(outputs + landing.lost, self.load(), landing.step_ns, landing.tokens)
+
+    def _retreat(self) -> Landing:
+        """Memory ran out: nothing of the steps on their way is booked."""
+        plan = self._flights[0].plan
+        self._flights.clear()
+        self._batch = Batch([], self._loaded.device)
+        free_caches(self._loaded.device)
+        lost = self._scheduler.out_of_memory(plan)
+        outputs = []
+        if lost is not None:
+            del self._histories[lost.id]
+            outputs = [Output(lost.id, [], lost.output_tokens, finish="error", error=GIVEN_UP)]
+        return Landing([], Drawn([], []), outputs, self._clock_ns(), 0, 0)
 
     def load(self) -> Load:
         """What the engine can take."""
-        room = self._scheduler.room()
-        return Load(
-            running=room.running,
-            waiting=room.waiting,
-            free_sequences=room.free_sequences,
-            free_blocks=room.free_blocks,
-            queued_prefill_tokens=room.queued_prefill_tokens,
-            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
-            decode_tokens_per_s=self._rates.decode_tokens_per_s,
-        )
+        return load_of(self._scheduler.room(), self._rates)
 
     def forget_rates(self) -> None:
         """Measured speeds begin anew."""
         self._rates = Rates()
-
-    @torch.inference_mode()
-    def _compute(self, plan: Plan) -> Drawn:
-        logits, sequences = self._runner.run(plan)
-        if logits is None:
-            return Drawn([], [])
-        if not self._batch.is_for(sequences):
-            histories = [self._histories[sequence.id] for sequence in sequences]
-            self._batch = Batch(histories, self._loaded.device)
-        return sample(logits, self._batch)
-
-    def _output(self, advance: Advance, logprobs: TokenLogprobs | None, now_ns: int) -> Output:
-        sequence = advance.sequence
-        begun = sequence.first_token_ns == now_ns
-        if advance.finish is None and not begun:
-            return Output(sequence.id, [advance.token], advance.index, [logprobs] if logprobs else [])
-        if advance.finish is not None:
-            del self._histories[sequence.id]
-        return Output(
-            id=sequence.id,
-            tokens=[advance.token],
-            index=advance.index,
-            logprobs=[logprobs] if logprobs else [],
-            finish=advance.finish.value if advance.finish else "",
-            stop_token_id=advance.token if advance.finish is Finish.STOP else -1,
-            computed_prompt_tokens=sequence.prefilled,
-            waiting_ns=sequence.started_ns - sequence.arrived_ns,
-            prefill_ns=sequence.first_token_ns - sequence.started_ns,
-            decode_ns=now_ns - sequence.first_token_ns,
-            steps=sequence.steps,
-            preemptions=sequence.preemptions,
-        )
 
     @staticmethod
     def _named_ids(command: Submit) -> list[int]:
@@ -170,7 +218,3 @@ REFUSALS = {
     Verdict.DUPLICATE: "a sequence of this id is running",
     Verdict.FULL: "too many sequences are waiting",
 }
-
-
-def _refusal(command: Submit, why: str) -> Output:
-    return Output(id=command.id, tokens=[], index=len(command.output), finish="error", error=why)

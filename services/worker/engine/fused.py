@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from services.worker.engine.attention import Flavour, StepContext
+from services.worker.engine.attention import Flavour, Step
+from services.worker.engine.cpu.kernels import Kernels
+from services.worker.engine.cpu.stack import Common, KernelProduct, LayerParts, Stack
 from services.worker.engine.linear import Product, Products
+from services.worker.engine.operations import Heads, KernelOperations, Operations, TorchOperations, Turn
 
 WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "LlamaDecoderLayer": lambda attention: None,
@@ -24,6 +25,12 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "Qwen3DecoderLayer": lambda attention: attention.sliding_window,
 }
 """The plain layers, and where each keeps its attention window."""
+
+PLAIN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""`model_type` of the families that have plain layers alone."""
+
+GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""`hidden_act` of a configuration, and what the kernels call it."""
 
 
 def fuse(model: nn.Module, products: Products) -> int:
@@ -37,6 +44,29 @@ def fuse(model: nn.Module, products: Products) -> int:
     return replaced
 
 
+def stack(model: nn.Module, kernels: Kernels) -> int:
+    """Replaces the lists of layers that the kernels compute from end to end by one module each; how many.
+
+    After the weights of the norms have the activations' dtype.
+    """
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ModuleList) and (one := _stacked(child, kernels)) is not None:
+                setattr(parent, name, nn.ModuleList([one]))
+                replaced += 1
+    return replaced
+
+
+def _stacked(layers: nn.ModuleList, kernels: Kernels) -> Stack | None:
+    plain = [layer for layer in layers if isinstance(layer, Layer)]
+    parts = [part for layer in plain if (part := layer.parts()) is not None]
+    common = {layer.common() for layer in plain}
+    if not parts or len(parts) < len(layers) or len(common) > 1:
+        return None
+    return Stack(kernels, common.pop(), parts)
+
+
 def _fused(layer: Any, products: Products) -> Layer | None:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = products.joined([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -44,63 +74,81 @@ def _fused(layer: Any, products: Products) -> Layer | None:
     if qkv is None or gate_up is None:
         return None
     o, down = products.of(attention.o_proj), products.of(mlp.down_proj)
-    return Layer(layer, WINDOWS[type(layer).__name__](attention) or 0, qkv, o, gate_up, down)
+    return Layer(layer, _heads(attention), _operations(layer, products), qkv, o, gate_up, down)
+
+
+def _heads(attention: Any) -> Heads:
+    count = attention.q_proj.out_features // attention.head_dim
+    return Heads(
+        layer=attention.layer_idx,
+        count=count,
+        rotated=count + attention.k_proj.out_features // attention.head_dim,
+        dim=attention.head_dim,
+        flavour=Flavour(attention.scaling, _window(attention) or 0),
+        query_norm=getattr(attention, "q_norm", None),
+        key_norm=getattr(attention, "k_norm", None),
+    )
+
+
+def _window(attention: Any) -> int | None:
+    return WINDOWS[type(attention).__name__.replace("Attention", "DecoderLayer")](attention)
+
+
+def _operations(layer: Any, products: Products) -> Operations:
+    gate = GATES.get(layer.self_attn.config.hidden_act)
+    if products.kernels is not None and gate is not None:
+        return KernelOperations(products.kernels, gate)
+    return TorchOperations(layer.mlp.act_fn)
 
 
 class Layer(nn.Module):
     """Stands where one of transformers' decoder layers was, and is called as that was."""
 
     def __init__(
-        self, layer: Any, window: int, qkv: Product, o: Product, gate_up: Product, down: Product
-    ) -> None:
+        self, layer: Any, heads: Heads, operations: Operations,
+        qkv: Product, o: Product, gate_up: Product, down: Product,
+    ) -> None:  # fmt: skip
         super().__init__()
-        attention = layer.self_attn
-        self._index: int = attention.layer_idx
-        self._flavour = Flavour(attention.scaling, window)
-        self._dim: int = attention.head_dim
-        self._heads: int = attention.q_proj.out_features // self._dim
-        self._rotated: int = self._heads + attention.k_proj.out_features // self._dim
+        self._heads, self._operations = heads, operations
         self._qkv, self._o, self._gate_up, self._down = qkv, o, gate_up, down
         self._before, self._after = layer.input_layernorm, layer.post_attention_layernorm
-        self._q_norm, self._k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self._act: Callable[[Tensor], Tensor] = layer.mlp.act_fn
-        self._inner: int = layer.mlp.gate_proj.out_features
+
+    def common(self) -> Common:
+        """What a stack's layers must share."""
+        heads, gate = self._heads, getattr(self._operations, "gate_name", "")
+        return Common(heads.count, heads.dim, heads.flavour.scale, self._before.variance_epsilon, gate)
+
+    def parts(self) -> LayerParts | None:
+        """The layer for a stack; None when a part of it is not the kernels' own."""
+        qkv, o, gate_up, down = self._qkv, self._o, self._gate_up, self._down
+        if not (
+            isinstance(self._operations, KernelOperations)
+            and isinstance(qkv, KernelProduct)
+            and isinstance(o, KernelProduct)
+            and isinstance(gate_up, KernelProduct)
+            and isinstance(down, KernelProduct)
+            and not self._heads.flavour.softcap
+            and self._before.variance_epsilon == self._after.variance_epsilon
+        ):
+            return None
+        return LayerParts(
+            index=self._heads.layer,
+            before=self._before.weight,
+            qkv=qkv,
+            norms=self._heads.norms(),
+            o=o,
+            after=self._after.weight,
+            gate_up=gate_up,
+            down=down,
+            window=self._heads.flavour.window,
+        )
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        step: StepContext,
-        **others: object,
+        self, hidden_states: Tensor, *, position_embeddings: Turn, step: Step, **others: object
     ) -> Tensor:
         """[1, tokens, width] to the same."""
-        x = hidden_states[0]
-        heads = self._qkv(_norm(self._before, x)).view(x.shape[0], -1, self._dim)
-        query_key, value = heads[:, : self._rotated], heads[:, self._rotated :]
-        if self._q_norm is not None and self._k_norm is not None:
-            query, key = query_key[:, : self._heads], query_key[:, self._heads :]
-            query_key = torch.cat([_norm(self._q_norm, query), _norm(self._k_norm, key)], 1)
-        query_key = _rotate(query_key, *position_embeddings, step)
-        query, key = query_key[:, : self._heads], query_key[:, self._heads :]
-        mixed = step.attend(
-            self._index, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self._flavour
-        )
-        x = self._o(mixed.flatten(1)).add_(x)
-        gate_up = self._gate_up(_norm(self._after, x))
-        inner = self._act(gate_up[:, : self._inner]).mul_(gate_up[:, self._inner :])
-        return self._down(inner).add_(x).unsqueeze(0)
-
-
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, step: StepContext) -> Tensor:
-    """Rotary positions for [tokens, heads, dim]; the halves of a head are each other's partners."""
-    half = x.shape[-1] // 2
-    if step.rotation is None or step.rotation[0] is not cos:
-        signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        step.rotation = (cos, cos[0].unsqueeze(1), signed[0].unsqueeze(1))
-    _, factor, signed = step.rotation
-    return torch.addcmul(x * factor, torch.cat([x[..., half:], x[..., :half]], -1), signed)
+        x, operations = hidden_states[0], self._operations
+        qkv = self._qkv(operations.norm(self._before, x))
+        x = self._o(operations.mix(self._heads, qkv, position_embeddings, step), x)
+        inner = operations.gate(self._gate_up(operations.norm(self._after, x)))
+        return self._down(inner, x).unsqueeze(0)

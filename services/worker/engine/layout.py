@@ -7,13 +7,13 @@ is new. Knows numpy, not torch.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.worker.core.blocks import blocks_for
-from services.worker.core.scheduler import Chunk, Plan
+from services.worker.core.plan import Chunk, Plan
 from services.worker.core.sequence import Sequence
 
 Ints = NDArray[np.int64]
@@ -30,18 +30,23 @@ class _Row:
 
 
 class BlockTables:
-    """Block numbers of the sequences in a step, [sequences_max, blocks of a whole context]."""
+    """Block numbers of the sequences in a step, [2 · sequences_max, blocks of a whole context].
+
+    The step before may be running: a row that it reads changes only after the next but one was laid out.
+    """
 
     def __init__(self, sequences_max: int, blocks_max: int) -> None:
-        self.table: Ints = np.zeros((sequences_max, blocks_max), dtype=np.int64)
+        self.table: Ints = np.zeros((2 * sequences_max, blocks_max), dtype=np.int64)
         self._rows: dict[Sequence, _Row] = {}
-        self._free = list(range(sequences_max - 1, -1, -1))
+        self._free = list(range(2 * sequences_max - 1, -1, -1))
+        self._leaving: list[int] = []
 
     def rows(self, sequences: Seq[Sequence]) -> Ints:
         """Brings the table up to date for exactly these sequences; their rows, in this order."""
         present = set(sequences)
-        for gone in [sequence for sequence in self._rows if sequence not in present]:
-            self._free.append(self._rows.pop(gone).number)
+        self._free += self._leaving
+        gone = [sequence for sequence in self._rows if sequence not in present]
+        self._leaving = [self._rows.pop(sequence).number for sequence in gone]
         return np.array([self._sync(sequence) for sequence in sequences], dtype=np.int64)
 
     def _sync(self, sequence: Sequence) -> int:
@@ -79,10 +84,23 @@ class Flat:
     positions: Ints
     slots: Ints
     spans: list[Span]
+    chunks: Ints
+    """[n, 4]: each chunk's first row, rows, position of the first, and row of `tables`."""
+    tables: Ints
+    """[n, blocks]: each chunk's sequence's blocks; cells past its last token mean nothing."""
     drawing: Ints
     """Rows whose logits are needed, in the order of `sequences`."""
     sequences: list[Sequence]
     """The sequences whose next token is drawn."""
+    unknown: list[tuple[int, Chunk]] = field(default_factory=list)
+    """Rows whose token the step before draws, and their chunks."""
+
+    def fill(self) -> None:
+        """Puts in the tokens that were not known yet; what ended meanwhile computes something of no use."""
+        for row, chunk in self.unknown:
+            tokens = chunk.sequence.tokens
+            if chunk.start < len(tokens):
+                self.ids[row] = tokens[chunk.start]
 
 
 def flatten(plan: Plan, tables: BlockTables, block_tokens: int) -> Flat:
@@ -97,7 +115,10 @@ def flatten(plan: Plan, tables: BlockTables, block_tokens: int) -> Flat:
     ends = np.cumsum(counts)
     offsets = np.arange(len(ids)) - np.repeat(ends - counts, counts)
     positions = np.repeat(starts, counts) + offsets
-    blocks = tables.table[np.repeat(rows, counts), positions // block_tokens]
+    # A copy: the next step may be laid out while this one runs.
+    held = tables.table[rows, : blocks_for(int((starts + counts).max(initial=1)), block_tokens)]
+    numbers = np.arange(len(chunks))
+    blocks = held[np.repeat(numbers, counts), positions // block_tokens]
     last = ends - 1
     place = np.empty(len(chunks), dtype=np.int64)
     place[[*order, *range(len(decodes), len(chunks))]] = last
@@ -107,35 +128,37 @@ def flatten(plan: Plan, tables: BlockTables, block_tokens: int) -> Flat:
         positions=positions,
         slots=blocks * block_tokens + positions % block_tokens,
         spans=[
-            *_decode_spans(positions[: len(decodes)], tables.table, rows[: len(decodes)], block_tokens),
-            *_prompt_spans(prompts, positions, tables.table, rows[len(decodes) :], ends[len(decodes) :]),
+            *_decode_spans(positions[: len(decodes)], held, block_tokens),
+            *_prompt_spans(prompts, positions, held[len(decodes) :], ends[len(decodes) :]),
         ],
+        chunks=np.stack([ends - counts, counts, starts, numbers], 1),
+        tables=held,
         drawing=place[drawing],
         sequences=[plan.chunks[number].sequence for number in drawing],
+        unknown=[(row, chunk) for row, chunk in enumerate(chunks[: plan.decodes]) if chunk.feeds_from >= 0],
     )
 
 
 def _tokens(chunk: Chunk) -> list[int]:
+    if chunk.feeds_from >= 0:
+        return [0]
     return chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
 
 
-def _decode_spans(positions: Ints, table: Ints, rows: Ints, block_tokens: int) -> list[Span]:
+def _decode_spans(positions: Ints, tables: Ints, block_tokens: int) -> list[Span]:
     lengths = [int(position) + 1 for position in positions]
     return [
-        Span(
-            cut, positions[cut, None], table[rows[cut], : blocks_for(lengths[cut.start], block_tokens)], False
-        )
+        Span(cut, positions[cut, None], tables[cut, : blocks_for(lengths[cut.start], block_tokens)], False)
         for cut in group_lengths(lengths, block_tokens)
     ]
 
 
-def _prompt_spans(chunks: Seq[Chunk], positions: Ints, table: Ints, rows: Ints, ends: Ints) -> list[Span]:
-    spans = []
-    for chunk, row, end in zip(chunks, rows, ends, strict=True):
-        cut = slice(int(end) - chunk.count, int(end))
-        held = len(chunk.sequence.blocks)
-        spans.append(Span(cut, positions[None, cut], table[row : row + 1, :held], chunk.start == 0))
-    return spans
+def _prompt_spans(chunks: Seq[Chunk], positions: Ints, tables: Ints, ends: Ints) -> list[Span]:
+    cuts = [slice(int(end) - chunk.count, int(end)) for chunk, end in zip(chunks, ends, strict=True)]
+    return [
+        Span(cut, positions[None, cut], tables[number : number + 1], chunk.start == 0)
+        for number, (cut, chunk) in enumerate(zip(cuts, chunks, strict=True))
+    ]
 
 
 def group_lengths(lengths: Seq[int], block_tokens: int) -> list[slice]:

@@ -1,19 +1,23 @@
 """Linear layers arranged for the device: the same products, fewer and faster.
 
 Layers that read the same input become one product (query, key and value; gate and up). On the CPU the
-weights are then packed once, in the form that the matrix library multiplies from: MKL's for float32,
-oneDNN's for bfloat16. A packed form is used only if it gives, when it is made, what `linear` gives.
+weights are then packed once, in the form that is multiplied from: that of our kernels or MKL's for
+float32, oneDNN's for bfloat16. A packed form is used only if it gives, when it is made, what `linear` gives.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+
+from services.worker.engine.cpu.kernels import Kernels
+from services.worker.engine.cpu.stack import KernelProduct
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that transformers calls one after the other with the same input."""
@@ -22,7 +26,13 @@ ROWS_HINT = 64
 """Rows that a packed form is made for; it is right for any number."""
 ROWS_CHECKED = (1, 2, 7, 16, 33, 64, 130)
 
-Product = Callable[[Tensor], Tensor]
+
+class Product(Protocol):
+    """x [..., inputs] to [..., outputs]; with `onto` that much is added to it, in place."""
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None, /) -> Tensor: ...
+
+
 Pack = Callable[[Tensor, Tensor | None], Product]
 
 
@@ -71,9 +81,12 @@ class Part(nn.Module):
 class Products:
     """Makes the products of a model's linear layers, all in the form that suits its device."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, kernels: Kernels | None = None) -> None:
+        """`dtype` is that of the activations; weights in bfloat16 may be multiplied in float32."""
+        self.kernels = kernels
+        self._dtype = dtype
         first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
-        self._pack = None if first is None else _pack_for(first.weight)
+        self._pack = None if first is None else _pack_for(first.weight.device, dtype, kernels)
 
     @property
     def packs(self) -> bool:
@@ -93,7 +106,8 @@ class Products:
         return self._make(torch.cat([layer.weight for layer in linear]), bias)
 
     def _make(self, weight: Tensor, bias: Tensor | None) -> Product:
-        return (self._pack or _plain)(weight.detach(), None if bias is None else bias.detach())
+        given = None if bias is None else bias.detach().to(self._dtype)
+        return (self._pack or _plain)(weight.detach(), given)
 
 
 def arrange(model: nn.Module, products: Products) -> None:
@@ -117,18 +131,28 @@ def _join(parent: nn.Module, names: tuple[str, ...], products: Products) -> None
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Product:
-    return lambda x: functional.linear(x, weight, bias)
+    return _added(lambda x: functional.linear(x, weight, bias))
 
 
-def _pack_for(weight: Tensor) -> Pack | None:
+def _added(multiply: Callable[[Tensor], Tensor]) -> Product:
+    def product(x: Tensor, onto: Tensor | None = None, /) -> Tensor:
+        out = multiply(x)
+        return out if onto is None else onto.add_(out)
+
+    return product
+
+
+def _pack_for(device: torch.device, dtype: torch.dtype, kernels: Kernels | None) -> Pack | None:
     """The first form that gives the right products here; None: leave the layers alone."""
-    if weight.device.type != "cpu":
+    if device.type != "cpu":
         return None
-    return next(pack for pack in _candidates(weight.dtype) if _is_right(pack, weight.dtype))
+    return next(pack for pack in _candidates(dtype, kernels) if _is_right(pack, dtype))
 
 
-def _candidates(dtype: torch.dtype) -> Iterator[Pack]:
+def _candidates(dtype: torch.dtype, kernels: Kernels | None) -> Iterator[Pack]:
     if dtype is torch.float32:
+        if kernels is not None:
+            yield functools.partial(_ours, kernels)
         yield _mkl
     elif dtype is torch.bfloat16:
         yield _onednn
@@ -154,6 +178,10 @@ def _is_right(pack: Pack, dtype: torch.dtype) -> bool:
     return True
 
 
+def _ours(kernels: Kernels, weight: Tensor, bias: Tensor | None) -> Product:
+    return KernelProduct(kernels, kernels.pack(weight), None if bias is None else bias.contiguous())
+
+
 def _mkl(weight: Tensor, bias: Tensor | None) -> Product:
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), ROWS_HINT)
     # The operator reads only this tensor's shape as long as it is told the number of rows that comes.
@@ -165,7 +193,7 @@ def _mkl(weight: Tensor, bias: Tensor | None) -> Product:
         out: Tensor = linear(x, packed, shape, bias, x.numel() // inputs)
         return out
 
-    return product
+    return _added(product)
 
 
 def _onednn(weight: Tensor, bias: Tensor | None) -> Product:
@@ -176,7 +204,7 @@ def _onednn(weight: Tensor, bias: Tensor | None) -> Product:
         out: Tensor = linear(x, packed, bias, "none", [], "")
         return out
 
-    return product
+    return _added(product)
 
 
 def _input_major(weight: Tensor, bias: Tensor | None) -> Product:

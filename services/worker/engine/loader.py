@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from services.worker.engine import attention
 from services.worker.engine.config import EngineConfig
+from services.worker.engine.cpu.cache import suits
+from services.worker.engine.cpu.kernels import Kernels, available
 from services.worker.engine.errors import EngineError, load_failed, unsupported
-from services.worker.engine.fused import fuse
+from services.worker.engine.fused import PLAIN_TYPES, fuse, stack
 from services.worker.engine.linear import Products, arrange
 from services.worker.engine.memory import Shape, cache_blocks, host_available_bytes
 from services.worker.engine.support import Unsupported, check_support
@@ -38,6 +41,8 @@ class LoadedModel:
     dtype: torch.dtype
     shape: Shape
     blocks: int
+    kernels: Kernels | None = None
+    """Those that the model's layers were arranged for."""
 
     def with_blocks(self, blocks: int) -> LoadedModel:
         """The same model with a KV cache of this size."""
@@ -55,6 +60,9 @@ def load(config: EngineConfig, progress: Callable[[str, float], None]) -> Loaded
     device = _device(config.device)
     dtype = _dtype(config.dtype, raw, device)
     shape = _shape(folder, dtype, device)
+    kernels = _kernels(shape, dtype, device)
+    held = _held_dtype(raw, dtype, kernels)
+    shape = replace(shape, weight_bytes=shape.weight_bytes // dtype.itemsize * held.itemsize)
     blocks = cache_blocks(
         shape,
         available_bytes=_available_bytes(device),
@@ -65,12 +73,16 @@ def load(config: EngineConfig, progress: Callable[[str, float], None]) -> Loaded
         on_device=device.type != "cpu",
     )
     progress("weights", 0.1)
-    model = _model(folder, dtype, device)
+    model = _model(folder, held, device)
     progress("layout", 0.7)
-    products = Products(model)
+    products = Products(model, dtype, kernels)
     fuse(model, products)
     arrange(model, products)
-    return LoadedModel(model, device, dtype, shape, blocks)
+    if held is not dtype:
+        _widen(model, dtype)
+    if kernels is not None:
+        stack(model, kernels)
+    return LoadedModel(model, device, dtype, shape, blocks, kernels)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -108,6 +120,51 @@ def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware."""
     features: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(features.get(name) for name in FAST_BF16)
+
+
+def _kernels(shape: Shape, dtype: torch.dtype, device: torch.device) -> Kernels | None:
+    """Our own for a CPU; None: torch's operators. With our products, torch keeps to one thread.
+
+    Two sets of threads that wait for each other's results would fight for the same cores.
+    """
+    if device.type != "cpu" or not suits(shape, dtype) or not available():
+        return None
+    own_products = dtype is torch.float32
+    kernels = Kernels(torch.get_num_threads(), beside_openmp=not own_products)
+    if own_products:
+        torch.set_num_threads(1)
+    return kernels
+
+
+def _held_dtype(raw: dict[str, Any], dtype: torch.dtype, kernels: Kernels | None) -> torch.dtype:
+    """In which dtype the weights are held.
+
+    Stored in bfloat16 they stay so where the kernels widen them as they read.
+    """
+    stored = DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")))
+    widened = kernels is not None and dtype is torch.float32 and raw.get("model_type") in PLAIN_TYPES
+    return stored if widened and stored is torch.bfloat16 else dtype
+
+
+class _Widened(nn.Module):
+    """An embedding that stays as it is stored; the rows that are looked up are widened."""
+
+    def __init__(self, embedding: nn.Embedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._embedding = embedding
+        self._dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows: Tensor = self._embedding(ids)
+        return rows.to(self._dtype)
+
+
+def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """What is left beside the products: norms become `dtype`, the embedding's rows when they are used."""
+    embedding = model.get_input_embeddings()
+    model.set_input_embeddings(nn.Identity())
+    model.to(dtype)
+    model.set_input_embeddings(_Widened(embedding, dtype))
 
 
 def _available_bytes(device: torch.device) -> int:

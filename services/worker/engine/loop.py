@@ -1,74 +1,62 @@
 """The engine's process: commands from a socket, one `Step` back for each step.
 
-Commands are taken between steps and never waited for while there is work. The process ends when the
-socket does, so no engine outlives its front, and when the engine cannot start, after saying why.
+Commands are taken between steps and never waited for while there is work. With a `pipeline_depth` of 2
+a thread of its own computes; meanwhile this one takes commands, prepares the next step, and tells of the
+one before. The process ends when the socket does, so no engine outlives its front, and when the engine
+cannot start, after saying why.
 """
 
 from __future__ import annotations
 
-import select
 import socket
 import time
 import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.engine import Engine
 from services.worker.engine.errors import EngineError, load_failed
+from services.worker.engine.host import use_threads
 from services.worker.engine.loader import LoadedModel, load
+from services.worker.engine.sampling import Drawn
 from services.worker.engine.warmup import warm_up
-from services.worker.protocol import (
-    Cancel,
-    Event,
-    Failed,
-    FrameReader,
-    Output,
-    Progress,
-    Step,
-    Submit,
-    decode_command,
-    encode,
-)
-
-RECEIVE_BYTES = 1024 * 1024
-
-
-class Ended(Exception):
-    """The front left, or asked for the end."""
+from services.worker.link import GONE, FrontLink
+from services.worker.protocol import Failed, Output, Progress, Step
 
 
 class EngineLoop:
     """Runs one engine on one connected socket until either ends."""
 
     def __init__(self, sock: socket.socket, config: EngineConfig) -> None:
-        self._socket = sock
+        self._link = FrontLink(sock)
         self._config = config
-        self._reader = FrameReader()
-        self._bodies: list[bytes] = []
 
     def run(self) -> bool:
         """Whether the engine came as far as being ready."""
         try:
             engine = self._start()
+            if self._config.pipeline_depth > 1:
+                Pipeline(engine, self._link, self._config.threads).run()
             while True:
                 self._turn(engine)
         except EngineError as error:
-            self._send(Failed(error.reason, error.message, error.metadata))
+            self._link.send(Failed(error.reason, error.message, error.metadata))
             return False
-        except (Ended, BrokenPipeError, ConnectionResetError):
+        except GONE:
             return True
 
     def _start(self) -> Engine:
-        self._send(Progress("start", 0.0))
+        self._link.send(Progress("start", 0.0))
         loaded = self._load()
         engine = Engine(loaded, self._config, time.monotonic_ns)
-        self._send(Progress("warm-up", 0.9))
+        self._link.send(Progress("warm-up", 0.9))
         warm_up(engine)
-        self._send(engine.ready())
+        self._link.send(engine.ready())
         return engine
 
     def _load(self) -> LoadedModel:
         try:
-            return load(self._config, lambda stage, fraction: self._send(Progress(stage, fraction)))
+            return load(self._config, lambda stage, fraction: self._link.send(Progress(stage, fraction)))
         except (EngineError, ConnectionError):
             raise
         except Exception as error:
@@ -78,37 +66,47 @@ class EngineLoop:
 
     def _turn(self, engine: Engine) -> None:
         """One step, or, when there is nothing to do, the load once and then a wait for commands."""
-        refused = self._take_commands(engine)
+        refused = self._link.apply(engine.submit, engine.cancel)
         if not engine.idle:
-            step = engine.step()
-            self._send(Step([*refused, *step.outputs], step.load, step.step_ns, step.step_tokens))
+            self._link.send(with_outputs(refused, engine.step()))
             return
-        self._send(Step(refused, engine.load()))
-        while not self._bodies:
-            self._receive(None)
+        self._link.send(Step(refused, engine.load()))
+        self._link.wait()
 
-    def _take_commands(self, engine: Engine) -> list[Output]:
-        """Applies what came; the outputs of sequences that end at once."""
-        self._receive(0)
-        bodies, self._bodies = self._bodies, []
-        refused: list[Output] = []
-        for body in bodies:
-            command = decode_command(body)
-            if isinstance(command, Submit):
-                if (output := engine.submit(command)) is not None:
-                    refused.append(output)
-            elif isinstance(command, Cancel):
-                engine.cancel(command.id)
+
+class Pipeline:
+    """Computes one step in a thread while the next is prepared and the last is told."""
+
+    def __init__(self, engine: Engine, link: FrontLink, threads: int) -> None:
+        self._engine = engine
+        self._link = link
+        self._threads = threads
+        self._computing: Future[Drawn | None] | None = None
+
+    def run(self) -> None:
+        """Until the front is gone: raises one of GONE. A defect in a step is raised, too."""
+        with ThreadPoolExecutor(1, "compute", use_threads, (self._threads,)) as thread:
+            while True:
+                self._turn(thread)
+
+    def _turn(self, thread: ThreadPoolExecutor) -> None:
+        refused = self._link.apply(self._engine.submit, self._engine.cancel)
+        ahead = self._engine.begin()
+        if self._computing is None:
+            if ahead is None:
+                self._link.send(Step(refused, self._engine.load()))
+                self._link.wait()
             else:
-                raise Ended
-        return refused
+                self._computing = thread.submit(self._engine.compute, ahead)
+                if refused:
+                    self._link.send(Step(refused, self._engine.load()))
+            return
+        landing = self._engine.settle(self._computing.result())
+        following = self._engine.next()
+        self._computing = None if following is None else thread.submit(self._engine.compute, following)
+        self._link.send(with_outputs(refused, self._engine.tell(landing)))
 
-    def _receive(self, timeout_s: float | None) -> None:
-        if select.select([self._socket], [], [], timeout_s)[0]:
-            data = self._socket.recv(RECEIVE_BYTES)
-            if not data:
-                raise Ended
-            self._bodies += self._reader.feed(data)
 
-    def _send(self, event: Event) -> None:
-        self._socket.sendall(encode(event))
+def with_outputs(more: list[Output], step: Step) -> Step:
+    """A step that also tells of others."""
+    return Step([*more, *step.outputs], step.load, step.step_ns, step.step_tokens) if more else step

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from services.worker.core.blocks import blocks_for
-from services.worker.core.scheduler import Limits, Plan
-from services.worker.core.sequence import Sequence
-from services.worker.engine.attention import KvCache, StepContext
-from services.worker.engine.layout import BlockTables, Ints, flatten
+from services.worker.core.plan import Limits, Plan
+from services.worker.engine.caches import make_cache
+from services.worker.engine.layout import BlockTables, Flat, Ints, flatten
 from services.worker.engine.loader import LoadedModel
 
 
@@ -23,16 +22,23 @@ class Runner:
         self._model = loaded.model
         self._device = loaded.device
         self._block_tokens = limits.block_tokens
-        self._cache = KvCache(loaded.shape, loaded.blocks, limits.block_tokens, loaded.dtype, loaded.device)
+        self._cache = make_cache(loaded, limits.block_tokens)
         self._tables = BlockTables(
             limits.sequences_max, blocks_for(limits.context_length, limits.block_tokens)
         )
 
+    def prepare(self, plan: Plan) -> Flat:
+        """Lays a plan out; the one before may be running."""
+        return flatten(plan, self._tables, self._block_tokens)
+
     @torch.inference_mode()
-    def run(self, plan: Plan) -> tuple[Tensor | None, list[Sequence]]:
-        """Logits [sequences, vocabulary] for the sequences that draw; None when none does."""
-        flat = flatten(plan, self._tables, self._block_tokens)
-        step = StepContext(self._cache, self._to_device(flat.slots), flat.spans)
+    def run(self, flat: Flat) -> Tensor | None:
+        """Logits [sequences, vocabulary] for the sequences that draw; None when none does.
+
+        The tokens that were unknown when the plan was laid out are known by now.
+        """
+        flat.fill()
+        step = self._cache.begin(flat)
         output = self._model(
             input_ids=self._to_device(flat.ids)[None],
             position_ids=self._to_device(flat.positions)[None],
@@ -40,7 +46,7 @@ class Runner:
             logits_to_keep=self._to_device(flat.drawing),
             step=step,
         )
-        return (output.logits[0], flat.sequences) if flat.sequences else (None, [])
+        return output.logits[0] if flat.sequences else None
 
     def _to_device(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self._device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from services.worker.engine.attention import UnknownArgument
 from services.worker.engine.engine import Engine
 from services.worker.engine.errors import EngineError, load_failed, unsupported
@@ -24,14 +22,24 @@ def warm_up(engine: Engine) -> None:
         engine.submit(Submit(name, [0] * length, [], STEPS, 0, [], sampling))
     try:
         for _ in range(STEPS):
-            if not engine.idle:
-                engine.step()
+            _step(engine)
     except UnknownArgument as error:
         raise unsupported(engine.architecture, str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise EngineError("MODEL_TOO_LARGE", f"the first steps ran out of memory: {error}") from error
     except RuntimeError as error:
         raise load_failed(f"the first steps failed: {error}") from error
     for name in names:
         engine.cancel(name)
     engine.forget_rates()
+
+
+def _step(engine: Engine) -> None:
+    """As `Engine.step`, but a step that runs out of memory is not taken back and tried smaller."""
+    flight = engine.begin()
+    if flight is None:
+        return
+    drawn = engine.compute(flight)
+    if drawn is None:
+        raise EngineError(
+            "MODEL_TOO_LARGE", f"memory ran out in a first step of {flight.plan.tokens} tokens: see the log"
+        )
+    engine.tell(engine.settle(drawn))

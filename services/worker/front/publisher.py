@@ -10,9 +10,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from tokenloom.kit.clock import Clock
-from tokenloom.kit.logs import get_logger
-
-log = get_logger(__name__)
 
 
 class Published:
@@ -40,9 +37,10 @@ class Publisher:
         self._heartbeat_s = heartbeat_s
         self._latest: Published | None = None
         self._built_s = 0.0
-        self._changed = asyncio.Event()
         self._listeners: set[asyncio.Event] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._early = False
+        """Whether the timer is set for a change, and not for the next heartbeat."""
         self._closed = False
 
     @property
@@ -52,20 +50,21 @@ class Publisher:
 
     def changed(self) -> None:
         """Something that a report says is different now."""
-        self._changed.set()
+        if self._listeners and not self._early and not self._closed:
+            self._early = True
+            self._arm(self._due_in_s())
 
     async def listen(self) -> AsyncGenerator[Published, None]:
         """The present state at once, then every report that is pushed; ends with `close`."""
         news = asyncio.Event()
         self._listeners.add(news)
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="load reports")
-            self._task.add_done_callback(_say_if_failed)
         try:
             if self._latest is None or self._due_in_s() <= 0:
                 self._publish()
             else:
                 news.set()
+                if self._timer is None:
+                    self._arm(self._heartbeat_s)
             while True:
                 await news.wait()
                 if self._closed:
@@ -75,41 +74,36 @@ class Publisher:
                 yield self._latest
         finally:
             self._listeners.discard(news)
-            if not self._listeners and self._task is not None:
-                self._task.cancel()
-                self._task = None
+            if not self._listeners:
+                self._disarm()
 
     async def close(self) -> None:
         """Push no more, and let every listener end."""
         self._closed = True
         for news in self._listeners:
             news.set()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        self._disarm()
 
     def _due_in_s(self) -> float:
         return self._built_s + self._interval_s - self._clock.monotonic()
 
     def _publish(self) -> None:
-        self._changed.clear()
-        self._latest = Published(self._build())
+        # Armed first: a build that fails is logged by the event loop, and the next one is tried.
+        self._early = False
+        self._arm(self._heartbeat_s)
         self._built_s = self._clock.monotonic()
+        self._latest = Published(self._build())
         for news in self._listeners:
             news.set()
 
-    async def _run(self) -> None:
-        while True:
-            try:
-                await asyncio.wait_for(self._changed.wait(), self._heartbeat_s)
-            except TimeoutError:
-                pass
-            due_in_s = self._due_in_s()
-            if due_in_s > 0:
-                await asyncio.sleep(due_in_s)
-            self._publish()
+    def _arm(self, in_s: float) -> None:
+        """Publish after `in_s`, by a bare timer: a task that waits would cost as much as the report."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(max(in_s, 0.0), self._publish)
 
-
-def _say_if_failed(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("load reports ended by a defect", exc_info=error)
+    def _disarm(self) -> None:
+        self._early = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -64,6 +64,9 @@ def resident_model(resident: Resident) -> pb.ResidentModel:
         queued_prefill_tokens=load.queued_prefill_tokens,
         prefill_tokens_per_s=load.prefill_tokens_per_s,
         decode_tokens_per_s=load.decode_tokens_per_s,
+        cached_blocks=load.cached_blocks,
+        prefix_queried_tokens=engine.tally.prompt_tokens,
+        prefix_hit_tokens=engine.tally.cached_tokens,
     )
     if (error := resident.error) is not None:
         message.error = " ".join(error.message.split())

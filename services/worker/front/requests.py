@@ -14,6 +14,7 @@ from loom.worker.v1 import worker_pb2 as pb
 from services.worker.front.sequence import Batch, Sequence
 from services.worker.protocol import Output, Sampling, Submit
 from tokenloom.contract.headers import DEFAULT_TENANT, NAME_CHARS_MAX
+from tokenloom.contract.prefix import root_hash
 from tokenloom.kit.errors import CallError, field_invalid
 
 STOP_TOKEN_IDS_MAX = 256
@@ -98,7 +99,7 @@ def to_submit(request: pb.GenerateRequest, key: str, *, context_length: int, voc
         stop_token_ids=stop_ids,
         sampling=sampling,
         priority=request.priority or PRIORITY_DEFAULT,
-        cache_salt=request.cache_salt,
+        prefix_root=root_hash(request.model_version, request.cache_salt),
     )
 
 

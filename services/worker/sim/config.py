@@ -25,6 +25,7 @@ class SimConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     sequences_max: Positive = 64
     step_tokens_max: Positive = 512
     block_tokens: Positive = 16
+    prefix_cache: bool = True
     total_blocks: Positive = 4096
     context_length: Positive = 8192
     vocab_size: Positive = 512

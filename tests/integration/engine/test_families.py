@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from services.worker.engine import loader
+from services.worker.engine.cpu.kernels import available
 from services.worker.engine.support import FAMILIES as SUPPORTED
-from tests.integration.engine.exactness import check_exact
+from tests.integration.engine.exactness import DEVICE, check_exact
 from tests.integration.engine.families import FAMILIES, build, random_prompts
 
 
@@ -16,7 +18,11 @@ def test_every_supported_family_is_compared() -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_greedy_tokens_equal_generate(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_greedy_tokens_equal_generate(monkeypatch, family: str, compiled: bool, tmp_path: Path) -> None:
+    if compiled and not (available() and DEVICE == "cpu"):
+        pytest.skip("no compiled CPU kernels: make kernels")
+    monkeypatch.setattr(loader, "available", lambda: compiled)
     report = check_exact(build(family, tmp_path), random_prompts(12), 40, batch=6)
     assert not report.wrong, report.wrong
     assert len(report.ties) <= 2, report.ties

@@ -10,11 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from services.worker.core.plan import Chunk, Limits, Plan
+from services.worker.core.sequence import Sequence
 from services.worker.engine import fused, loader
 from services.worker.engine.config import EngineConfig
+from services.worker.engine.cpu.kernels import available
+from services.worker.engine.cpu.stack import Stack
 from services.worker.engine.errors import EngineError
-from services.worker.engine.loader import load
+from services.worker.engine.loader import LoadedModel, load
+from services.worker.engine.runner import Runner
 from tests.integration.engine.families import build
+
+needs_kernels = pytest.mark.skipif(not available(), reason="no compiled CPU kernels: make kernels")
 
 
 @pytest.fixture
@@ -29,6 +36,24 @@ def refusal(folder: Path, reason: str, **settings) -> EngineError:
     assert caught.value.reason == reason, caught.value.message
     assert "\n" not in caught.value.message
     return caught.value
+
+
+def load_cpu(folder: Path, dtype: str) -> LoadedModel:
+    config = EngineConfig(model_dir=str(folder), device="cpu", dtype=dtype, kv_cache_bytes=1 << 20)
+    return load(config, lambda *_: None)
+
+
+def prompt_logits(loaded: LoadedModel) -> torch.Tensor:
+    """The logits behind a prompt of 40 tokens, in float32."""
+    prompt = Sequence("s", [(7 * n) % 200 + 3 for n in range(40)], 40, 10)
+    prompt.blocks = [2, 0, 1]
+    limits = Limits(
+        total_blocks=4, block_tokens=16, sequences_max=2, step_tokens_max=64, context_length=64
+    )  # fmt: skip
+    runner = Runner(loaded, limits)
+    logits = runner.run(runner.prepare(Plan([Chunk(prompt, 0, 40)], 0, 40)))
+    assert logits is not None
+    return logits.float()
 
 
 def change_config(folder: Path, **fields) -> None:
@@ -87,9 +112,42 @@ def test_weights_of_another_shape_are_a_failed_load(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "own"), [("qwen3", True), ("mistral", True), ("gemma2", False)])
-def test_plain_layers_are_replaced_and_others_kept(tmp_path: Path, family: str, own: bool) -> None:
-    model = load(EngineConfig(model_dir=str(build(family, tmp_path)), device="cpu"), lambda *_: None).model
-    assert {isinstance(layer, fused.Layer) for layer in model.model.layers} == {own}
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_kernels)])
+def test_plain_layers_are_replaced_and_others_kept(
+    monkeypatch, tmp_path: Path, family: str, own: bool, compiled: bool
+) -> None:
+    monkeypatch.setattr(loader, "available", lambda: compiled)
+    layers = load_cpu(build(family, tmp_path), "float32").model.model.layers
+    kind = Stack if compiled else fused.Layer
+    assert {isinstance(layer, kind) for layer in layers} == {own}
+    assert (len(layers) == 1) is (own and compiled)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_the_kernels_give_the_logits_of_torch_in_bfloat16(monkeypatch, tmp_path: Path, family: str) -> None:
+    folder = build(family, tmp_path)
+    logits = []
+    for compiled in (False, True):
+        monkeypatch.setattr(loader, "available", lambda compiled=compiled: compiled)
+        logits.append(prompt_logits(load_cpu(folder, "bfloat16")))
+    plain, ours = logits
+    assert (ours - plain).norm() < 3e-2 * plain.norm()
+
+
+@needs_kernels
+def test_weights_stored_in_bfloat16_stay_so_and_are_multiplied_in_float32(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path)
+    tensors = {
+        name: part.to(torch.bfloat16) for name, part in load_file(folder / "model.safetensors").items()
+    }
+    wide = {name: part.float() for name, part in tensors.items()}
+    logits = []
+    for stored, dtype in ((wide, "float32"), (tensors, "bfloat16")):
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
+        change_config(folder, dtype=dtype)
+        logits.append(prompt_logits(load_cpu(folder, "float32")))
+    assert torch.equal(*logits)
 
 
 def test_an_unknown_device_is_named(folder: Path) -> None:

@@ -83,10 +83,11 @@ def engine(folder: Path, **settings) -> Iterator[tuple[subprocess.Popen[bytes], 
     assert process.wait(WAIT_S) is not None
 
 
-@pytest.fixture(scope="module")
-def running(tiny_llama: Path) -> Iterator[Front]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["in turn", "ahead"])
+def running(tiny_llama: Path, request: pytest.FixtureRequest) -> Iterator[Front]:
     """One engine that is ready, for several tests."""
-    with engine(tiny_llama, dtype="float32", sequences_max=8) as (process, front):
+    depth: int = request.param
+    with engine(tiny_llama, dtype="float32", sequences_max=8, pipeline_depth=depth) as (process, front):
         events = front.until(lambda event: isinstance(event, Ready))
         assert all(isinstance(event, Progress) for event in events[:-1])
         fractions = [event.fraction for event in events[:-1]]

@@ -47,6 +47,20 @@ async def test_resume_continues_identically() -> None:
         assert rest[-1].finished.usage.completion_tokens == 16
 
 
+async def test_a_prompt_finds_what_an_earlier_one_left_but_not_under_another_salt() -> None:
+    async with run_worker() as worker:
+        prompt = list(range(100, 200))
+        for salt, cached in (("", 0), ("", 96), ("other", 0), ("other", 96)):
+            request = worker.client.request(prompt_token_ids=prompt, cache_salt=salt)
+            messages = await worker.client.messages(request)
+            usage = messages[-1].finished.usage
+            assert messages[0].started.cached_prompt_tokens == usage.cached_prompt_tokens == cached
+            assert usage.computed_prompt_tokens == 100 - cached
+        report = await worker.client.report_when(lambda r: r.models[0].prefix_queried_tokens == 400)
+        assert report.models[0].prefix_hit_tokens == 2 * 96
+        assert report.models[0].cached_blocks >= 2 * 6
+
+
 async def test_stop_token_ends_the_sequence_and_is_its_last_token() -> None:
     async with run_worker() as worker:
         whole = await worker.client.tokens(worker.client.request(max_new_tokens=64))

@@ -91,6 +91,7 @@ async def test_engine_ends_when_its_front_is_killed() -> None:
         call = client.start(client.request(max_new_tokens=8000))
         await call.read()
         engines = engines_of(process.pid)
+        assert engines
         process.kill()
         await until(lambda: not any(is_running(pid) for pid in engines))
         call.cancel()

@@ -59,6 +59,10 @@ def test_unknown_reason_is_refused():
         (13, "boom", "INTERNAL", False),
         (4, "", "DEADLINE_EXCEEDED", False),
         (2, "", "INTERNAL", False),
+        (8, "too many requests", "QUEUE_FULL", True),
+        (8, "CLIENT: Received message larger than max (9 vs. 4)", "REQUEST_TOO_LARGE", False),
+        (8, "SERVER: Sent message larger than max (9 vs. 4)", "REQUEST_TOO_LARGE", False),
+        (8, "received initial metadata size exceeds hard limit", "REQUEST_TOO_LARGE", False),
     ],
 )
 def test_status_without_details_becomes_the_nearest_reason(code, message, reason, retriable):

@@ -51,3 +51,12 @@ def test_an_exception_marks_its_span(spans):
         raise KeyError("x")
     (broken,) = spans.get_finished_spans()
     assert broken.status.status_code is StatusCode.ERROR
+
+
+def test_the_tracer_is_made_once_and_again_for_another_provider(monkeypatch):
+    one, two = TracerProvider(), TracerProvider()
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: one)
+    first = telemetry.tracer()
+    assert telemetry.tracer() is first
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: two)
+    assert telemetry.tracer() is not first

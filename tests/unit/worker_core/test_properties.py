@@ -1,134 +1,49 @@
-"""Whatever arrives and leaves: it drains, every block comes back, no step is too large, none is shared."""
+"""Whatever arrives and leaves: it drains, every block comes back, and each reads only what is its own."""
 
-from dataclasses import dataclass, field
+from hashlib import blake2b
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.worker.core.scheduler import Limits, Scheduler, Verdict
-from services.worker.core.sequence import Sequence, State
+from services.worker.core import prefix
+from services.worker.core.scheduler import Scheduler
+from tests.unit.worker_core.made import limits
+from tests.unit.worker_core.world import STEPS_MAX, Arrival, World, arrivals, bounds, wanted
 
-STEPS_MAX = 4000
-
-
-@dataclass
-class Arrival:
-    prompt: int
-    output: int
-    new: int
-    priority: int
-    at: int
-    leaves_after: int | None
-    stop_every: int
+crowds = st.lists(arrivals, max_size=14)
+depths = st.sampled_from([1, 2])
 
 
-arrivals = st.builds(
-    Arrival,
-    prompt=st.integers(1, 60),
-    output=st.integers(0, 6),
-    new=st.integers(1, 30),
-    priority=st.integers(1, 4),
-    at=st.integers(0, 20),
-    leaves_after=st.none() | st.integers(0, 12),
-    stop_every=st.integers(2, 40),
-)
-
-
-@st.composite
-def bounds(draw):
-    block_tokens = draw(st.sampled_from([1, 3, 4, 16]))
-    total_blocks = draw(st.integers(1, 30))
-    sequences_max = draw(st.integers(1, 6))
-    return Limits(
-        total_blocks=total_blocks,
-        block_tokens=block_tokens,
-        sequences_max=sequences_max,
-        step_tokens_max=sequences_max + draw(st.integers(0, 20)),
-        context_length=draw(st.integers(1, total_blocks * block_tokens)),
-        waiting_max=draw(st.integers(1, 50)),
-    )
-
-
-@dataclass
-class World:
-    """A scheduler and what must hold of it after every step."""
-
-    scheduler: Scheduler
-    alive: dict[str, Sequence] = field(default_factory=dict)
-    written: dict[str, int] = field(default_factory=dict)
-    finished: set[str] = field(default_factory=set)
-
-    def arrive(self, name: str, arrival: Arrival) -> None:
-        one = Sequence(
-            id=name,
-            tokens=list(range(arrival.prompt + arrival.output)),
-            prompt_tokens=arrival.prompt,
-            max_new_tokens=arrival.new,
-            stop_token_ids=frozenset({arrival.stop_every}),
-            priority=arrival.priority,
-        )
-        if self.scheduler.add(one, 0) is Verdict.ACCEPTED:
-            self.alive[name] = one
-
-    def leave(self, name: str) -> None:
-        if self.scheduler.cancel(name) is not None:
-            self.alive.pop(name)
-
-    def step(self, number: int) -> None:
-        plan = self.scheduler.plan(number)
-        self.check_plan(plan)
-        drawn = [number % 41 for chunk in plan.chunks if chunk.draws]
-        for advance in self.scheduler.settle(plan, drawn, number):
-            if advance.finish is not None:
-                self.finished.add(advance.sequence.id)
-                self.alive.pop(advance.sequence.id)
-        self.check_blocks()
-
-    def check_plan(self, plan) -> None:
-        bound = self.scheduler.limits
-        assert bool(plan) == bool(self.alive), "a step is empty only when nobody is here"
-        assert plan.tokens == sum(chunk.count for chunk in plan.chunks) <= bound.step_tokens_max
-        assert len({chunk.sequence.id for chunk in plan.chunks}) == len(plan.chunks) <= bound.sequences_max
-        assert all(chunk.count == 1 for chunk in plan.chunks[: plan.decodes])
-        for chunk in plan.chunks:
-            assert chunk.start == chunk.sequence.computed
-            assert chunk.count >= 1
-            assert chunk.start + chunk.count <= len(chunk.sequence.blocks) * bound.block_tokens
-
-    def check_blocks(self) -> None:
-        held = [block for one in self.alive.values() for block in one.blocks]
-        assert len(held) == len(set(held)), "two sequences share a block"
-        assert all(0 <= block < self.scheduler.limits.total_blocks for block in held)
-        for one in self.alive.values():
-            assert one.blocks == [] or one.state is State.RUNNING
-            assert one.computed <= len(one.blocks) * self.scheduler.limits.block_tokens
-            assert one.computed < len(one.tokens) <= self.scheduler.limits.context_length
-        assert self.scheduler.limits.total_blocks - len(held) >= self.scheduler.room().free_blocks
+def check_drains(world, coming):
+    world.drain(coming)
+    world.check_empty()
+    for name, drawn in world.drawn.items():
+        whole = wanted(coming[int(name)], world.scheduler.limits.context_length)
+        assert drawn == (whole if name in world.finished else whole[: len(drawn)])
 
 
 @settings(max_examples=300, deadline=None)
-@given(bounds(), st.lists(arrivals, max_size=14))
-def test_any_pattern_of_arrivals_and_departures_drains(limits, coming):
-    world = World(Scheduler(limits))
-    number = 0
-    while world.alive or number <= 40:
-        for index, arrival in enumerate(coming):
-            if arrival.at == number:
-                world.arrive(str(index), arrival)
-            if arrival.leaves_after is not None and arrival.at + arrival.leaves_after == number:
-                world.leave(str(index))
-        world.step(number)
-        number += 1
-        assert number < STEPS_MAX, "it does not drain"
-    room = world.scheduler.room()
-    assert (room.running, room.waiting, room.free_blocks) == (0, 0, limits.total_blocks)
-    assert room.free_sequences == limits.sequences_max
+@given(bounds(), crowds, depths, st.booleans())
+def test_any_pattern_drains_and_gives_each_sequence_its_own_tokens(bound, coming, depth, cache):
+    check_drains(World(Scheduler(bound, prefix_cache=cache), depth), coming)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bounds(), crowds, depths)
+def test_keys_that_collide_never_let_a_sequence_read_what_is_not_its_own(monkeypatch, bound, coming, depth):
+    def two_keys(data, digest_size):
+        return blake2b(bytes([blake2b(data).digest()[0] & 1]), digest_size=digest_size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prefix, "blake2b", two_keys)
+        check_drains(World(Scheduler(bound), depth), coming)
 
 
 @settings(max_examples=100, deadline=None)
 @given(bounds(), st.lists(arrivals, min_size=2, max_size=10))
-def test_the_first_in_rank_advances_in_every_step(limits, coming):
-    world = World(Scheduler(limits))
+def test_the_first_in_rank_advances_in_every_step(bound, coming):
+    world = World(Scheduler(bound))
     for index, arrival in enumerate(coming):
         world.arrive(str(index), arrival)
     for number in range(STEPS_MAX):
@@ -139,3 +54,39 @@ def test_the_first_in_rank_advances_in_every_step(limits, coming):
         world.step(number)
         gone = first.id not in world.alive
         assert gone or (first.computed > before[0] and first.preemptions == before[1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(bounds(), st.lists(arrivals, max_size=10), depths, st.sets(st.integers(0, 60)))
+def test_steps_that_run_out_of_memory_lose_nobody_who_fits_alone(bound, coming, depth, failing):
+    world = World(Scheduler(bound), depth)
+    for index, arrival in enumerate(coming):
+        world.arrive(str(index), arrival)
+    for number in range(STEPS_MAX):
+        while len(world.plans) < depth and world.plan(number):
+            pass
+        if not world.plans:
+            break
+        alone = len(world.plans[0][0].chunks) == 1 and world.plans[0][0].tokens == 1
+        if number in failing and not alone:
+            world.fail()
+        else:
+            world.settle(number)
+    world.check_empty()
+    assert not world.failed
+    assert world.finished == set(world.drawn)
+    for name, drawn in world.drawn.items():
+        assert drawn == wanted(coming[int(name)], bound.context_length)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_waves_of_one_prompt_share_its_blocks(depth):
+    """The properties above are about something: blocks are found, and tokens fed before they are known."""
+    world = World(Scheduler(limits(total_blocks=40, context_length=100, step_tokens_max=200)), depth)
+    for wave in range(3):
+        for number in range(3):
+            world.arrive(f"{wave}{number}", Arrival(1, 41, 0, 6, 2, 0, None, 99, b""))
+        while world.alive or world.plans:
+            world.step(1)
+    assert [one.cached for one in world.families] == [0, 0, 0, *[40] * 6]
+    assert world.fed == (0 if depth == 1 else 9 * 5)

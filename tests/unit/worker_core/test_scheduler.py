@@ -2,7 +2,8 @@
 
 import pytest
 
-from services.worker.core.scheduler import Limits, Scheduler, Verdict
+from services.worker.core.plan import Limits, Verdict
+from services.worker.core.scheduler import Scheduler
 from services.worker.core.sequence import Finish, State
 from tests.unit.worker_core.made import limits, planned, sequence, step
 
@@ -56,7 +57,7 @@ def test_an_arrival_waits_for_blocks_for_its_prompt_and_a_spare_one():
     assert planned(step(made)[0]) == [("a", 0, 20)]
     assert made.room().free_blocks == 0
     made.cancel("a")
-    assert planned(step(made)[0]) == [("b", 0, 12)]
+    assert planned(step(made)[0]) == [("b", 8, 4)]
 
 
 def test_alone_a_prompt_may_take_every_block():
@@ -97,8 +98,9 @@ def test_the_least_urgent_makes_way_even_when_it_is_older():
 
 
 def test_a_preempted_sequence_is_computed_again_from_its_start():
-    made = scheduler(sequence("old", 11, new=3), sequence("new", 11, new=20), total_blocks=7,
-                     context_length=28, step_tokens_max=64)  # fmt: skip
+    made = Scheduler(limits(total_blocks=7, context_length=28, step_tokens_max=64), prefix_cache=False)
+    made.add(sequence("old", 11, new=3), 0)
+    made.add(sequence("new", 11, new=20), 0)
     seen = []
     for _ in range(5):
         plan, _ = step(made)
@@ -155,16 +157,17 @@ def test_one_cancelled_between_plan_and_settle_is_passed_over():
     assert [advance.sequence.id for advance in made.settle(plan, [5, 6], 1)] == ["b"]
 
 
-def test_a_plan_that_is_not_settled_can_be_made_again():
-    made = scheduler(sequence("a", 6))
-    assert planned(made.plan(1)) == [("a", 0, 6)]
-    assert planned(made.plan(2)) == [("a", 0, 6)]
-
-
-def test_settling_wants_one_token_for_each_that_draws():
-    made = scheduler(sequence("a", 6))
-    with pytest.raises(ValueError, match="1 tokens were to be drawn, 0 came"):
-        made.settle(made.plan(1), [], 1)
+def test_a_plan_that_was_not_computed_can_be_made_again():
+    made = scheduler(
+        sequence("a", 6), sequence("b", 40), step_tokens_max=10, total_blocks=20, context_length=80
+    )
+    first = made.plan(1)
+    made.abandon(first)
+    again = made.plan(2)
+    assert planned(again) == planned(first) == [("a", 0, 6), ("b", 0, 4)]
+    with pytest.raises(ValueError, match="settled already"):
+        made.abandon(first)
+    assert [advance.index for advance in made.settle(again, [5], 3)] == [0]
 
 
 def test_room_counts_what_those_waiting_will_take():

@@ -1,11 +1,17 @@
 """Arranged layers give the same products."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from services.worker.engine import linear
+from services.worker.engine.cpu.kernels import Kernels, available
 from services.worker.engine.linear import Packed, Part, Products
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(not available(), reason="no compiled CPU kernels: make kernels")
 
 
 class Attention(nn.Module):
@@ -40,8 +46,8 @@ class Block(nn.Module):
         return self.mlp(self.attention(x))
 
 
-def arrange(model):
-    linear.arrange(model, Products(model))
+def arrange(model, dtype=torch.float32, kernels=None):
+    linear.arrange(model, Products(model, dtype, kernels))
 
 
 def outputs(model, dtype):
@@ -56,10 +62,23 @@ def test_the_results_stay_the_same(dtype, fields):
     torch.manual_seed(0)
     model = Block(**fields).to(dtype).requires_grad_(False)
     before = outputs(model, dtype)
-    arrange(model)
+    arrange(model, dtype)
     for now, then in zip(outputs(model, dtype), before, strict=True):
         bound = 1e-5 if dtype is torch.float32 else 3e-2
         assert (now - then).float().norm() <= bound * then.float().norm()
+
+
+@needs_kernels
+@pytest.mark.parametrize("fields", [{}, {"bias": True}, {"uneven": True}])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_the_kernels_multiply_stored_weights_in_float32(stored, fields):
+    torch.manual_seed(0)
+    model = Block(**fields).to(stored).requires_grad_(False)
+    wanted = outputs(copy.deepcopy(model).float(), torch.float32)
+    kernels = Kernels(2, beside_openmp=False)
+    arrange(model, torch.float32, kernels)
+    for now, then in zip(outputs(model, torch.float32), wanted, strict=True):
+        assert (now - then).norm() <= 1e-5 * then.norm()
 
 
 def test_layers_of_one_input_become_one_product():
@@ -88,14 +107,14 @@ def test_a_part_never_answers_for_another_input():
 
 def test_a_packed_form_that_is_wrong_is_not_used(monkeypatch):
     def wrong(weight, bias):
-        return lambda x: nn.functional.linear(x, weight, bias) + (x.shape[-2] == 33)
+        return lambda x, onto=None: nn.functional.linear(x, weight, bias) + (x.shape[-2] == 33)
 
     def missing(weight, bias):
         return torch.ops.no_such_library.no_such_operator(weight)
 
     for broken in (wrong, missing):
         monkeypatch.setattr(linear, "_mkl", broken)
-        chosen = linear._pack_for(torch.zeros(2, 2))
+        chosen = linear._pack_for(CPU, torch.float32, None)
         assert chosen is linear._input_major
 
 

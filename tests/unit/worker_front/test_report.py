@@ -12,7 +12,7 @@ from services.worker.front.ports import ModelVersion
 from services.worker.front.publisher import Publisher
 from services.worker.front.report import TENANTS_EVERY_MS, TENANTS_MAX, ReportBuilder, TenantTokens
 from services.worker.front.sequence import Sequence
-from services.worker.protocol import Output
+from services.worker.protocol import Load, Output
 from tests.unit.worker_front.fakes import READY, FakeLaunch, load, make_engine, make_sequence, until
 from tokenloom.kit.clock import SystemClock
 from tokenloom.kit.errors import CallError
@@ -48,6 +48,15 @@ def test_report_tells_what_the_next_arrival_may_use() -> None:
     assert (said.free_sequences, said.sequences_max, said.running) == (1, 2, 1)
     assert (said.free_blocks, said.total_blocks, said.block_tokens) == (38, 40, 16)
     assert said.memory_bytes == 123
+
+
+def test_report_tells_what_the_prefix_cache_holds_and_found() -> None:
+    model, sequence = resident(), make_sequence(prompt=16)
+    sequence.push(Output(sequence.key, [1], 0, cached_prompt_tokens=9), 1)
+    model.engine.tally.began(sequence)
+    model.engine.admission.settle(Load(1, 0, 1, 30, 0, 0.0, 0.0, cached_blocks=12))
+    [said] = build(ReportBuilder("boot", lambda: 0), residents=[model]).models
+    assert (said.cached_blocks, said.prefix_queried_tokens, said.prefix_hit_tokens) == (12, 16, 9)
 
 
 def test_model_that_cannot_serve_offers_nothing() -> None:
@@ -116,6 +125,57 @@ async def test_all_listeners_get_the_same_built_report() -> None:
         ours, theirs = await asyncio.gather(anext(one), anext(two))
         assert ours is theirs
         assert len(built) == before + 1
+    await publisher.close()
+
+
+async def test_a_change_is_pushed_long_before_the_heartbeat() -> None:
+    built: list[int] = []
+
+    def build_next() -> bytes:
+        built.append(len(built))
+        return bytes([len(built)])
+
+    publisher = Publisher(build_next, SystemClock(), report_interval_s=0.001, heartbeat_s=600)
+    async with asyncio.timeout(5), aclosing(publisher.listen()) as reports:
+        await anext(reports)
+        for count in (2, 3):
+            publisher.changed()
+            publisher.changed()
+            assert (await anext(reports)).SerializeToString() == bytes([count])
+    await publisher.close()
+
+
+async def test_a_change_is_not_lost_when_a_new_listener_is_served_first() -> None:
+    built, publisher = counting()
+    async with asyncio.timeout(5), aclosing(publisher.listen()) as one:
+        await anext(one)
+        publisher._heartbeat_s = 600
+        await until(lambda: publisher._due_in_s() <= 0)
+        publisher.changed()
+        async with aclosing(publisher.listen()) as two:
+            await anext(two)
+            count = len(built)
+            publisher.changed()
+            await until(lambda: len(built) > count)
+    await publisher.close()
+
+
+async def test_reports_go_on_after_one_that_could_not_be_built() -> None:
+    seen: list[int] = []
+    failures: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: failures.append(what))
+
+    def build_next() -> bytes:
+        seen.append(len(seen))
+        if len(seen) == 2:
+            raise ZeroDivisionError
+        return bytes([len(seen)])
+
+    publisher = Publisher(build_next, SystemClock(), report_interval_s=0.001, heartbeat_s=0.01)
+    async with asyncio.timeout(5), aclosing(publisher.listen()) as reports:
+        await anext(reports)
+        assert (await anext(reports)).SerializeToString() == b"\x03"
+    assert len(failures) == 1
     await publisher.close()
 
 

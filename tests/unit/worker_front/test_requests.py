@@ -16,6 +16,7 @@ from services.worker.front.requests import tenant_of, to_response, to_submit
 from services.worker.front.sequence import Batch
 from services.worker.protocol import Output, Submit, TokenLogprobs
 from tests.unit.worker_front.fakes import make_sequence
+from tokenloom.contract.prefix import root_hash
 from tokenloom.kit.errors import CallError
 
 Params = inference_pb2.SamplingParams
@@ -65,7 +66,9 @@ def test_every_field_reaches_the_engine() -> None:
     assert (submit.id, submit.prompt, submit.output, submit.stop_token_ids) == ("k", [1, 2, 3], [4, 5], [9])
     assert (submit.max_new_tokens, submit.min_new_tokens, submit.priority) == (10, 3, 1)
     assert (submit.sampling.seed, submit.sampling.temperature, submit.sampling.top_k) == (2**64 - 1, 0.0, 7)
-    assert (submit.sampling.logit_bias, submit.sampling.logprobs, submit.cache_salt) == ({3: -100.0}, 2, "s")
+    assert (submit.sampling.logit_bias, submit.sampling.logprobs) == ({3: -100.0}, 2)
+    assert submit.prefix_root == root_hash(message.model_version, "s")
+    assert translate(request()).prefix_root == root_hash(message.model_version, "")
 
 
 def test_unset_priority_is_standard_and_unset_tenant_is_default() -> None:

@@ -126,6 +126,24 @@ def test_last_output_tells_what_the_sequence_cost() -> None:
     assert (last.waiting_ns, last.prefill_ns, last.decode_ns) == (0, 2_000_000, 4_000_000)
 
 
+def test_first_output_tells_what_the_cache_held() -> None:
+    engine = SimEngine(SimConfig(step_tokens_max=64))
+    engine.submit(submit(prompt=100), 0)
+    assert run(engine)["1"][0].cached_prompt_tokens == 0
+    engine.submit(submit(prompt=100), 0)
+    first, *_, last = run(engine)["1"]
+    assert first.cached_prompt_tokens == last.cached_prompt_tokens == 96
+    assert last.computed_prompt_tokens == 4
+    assert engine.load().cached_blocks == 6
+
+
+def test_without_the_cache_every_token_is_computed() -> None:
+    engine = SimEngine(SimConfig(prefix_cache=False))
+    for _ in range(2):
+        engine.submit(submit(prompt=100), 0)
+        assert run(engine)["1"][-1].computed_prompt_tokens == 100
+
+
 def test_logprobs_come_one_for_each_token() -> None:
     engine = SimEngine(SimConfig())
     engine.submit(submit(logprobs=2), 0)

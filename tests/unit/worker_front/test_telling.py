@@ -50,6 +50,9 @@ async def test_metrics_carry_the_names_of_the_field() -> None:
     model.engine.admission.offer(make_sequence())
     model.engine.admission.settle(load(running=1, free_blocks=30))
     model.engine.tally.step(5, 4, SECOND)
+    hit = make_sequence(prompt=7)
+    hit.push(Output(hit.key, [1], 0, cached_prompt_tokens=4), SECOND)
+    model.engine.tally.began(hit)
     metrics.ended(ended(), "m", "stop")
     metrics.ended(make_sequence(), "m", "cancelled")
     metrics.refused("WORKER_FULL")
@@ -62,6 +65,8 @@ async def test_metrics_carry_the_names_of_the_field() -> None:
     assert value("vllm:kv_cache_usage_perc", model_name="m") == 0.25
     assert value("vllm:cache_config_info", model_name="m", block_size="16", num_gpu_blocks="40") == 1
     assert value("vllm:generation_tokens_total", model_name="m") == 5
+    assert value("vllm:prefix_cache_queries_total", model_name="m") == 7
+    assert value("vllm:prefix_cache_hits_total", model_name="m") == 4
     assert value("vllm:time_to_first_token_seconds_sum", model_name="m") == 3
     assert value("vllm:e2e_request_latency_seconds_sum", model_name="m") == 7
     assert value("vllm:request_time_per_output_token_seconds_sum", model_name="m") == 2

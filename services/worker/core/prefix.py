@@ -1,0 +1,47 @@
+"""What a full block of the KV cache holds: its tokens, and all tokens before them.
+
+Keys are chained hashes, BLAKE2b with an 8-byte digest over the parent's key and the block's ids as
+little-endian uint32: the chain of `tokenloom.contract.prefix`, so that gateway, batcher and engine name
+the same prefix alike. Eight bytes are a name and no proof: `same` compares the tokens themselves.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+KEY_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Content:
+    """One block in its chain. A chain begins with `root`, which stands for no tokens."""
+
+    key: bytes
+    data: bytes
+    """The block's ids as little-endian uint32."""
+    parent: Content | None
+
+    def then(self, tokens: Sequence[int]) -> Content:
+        """What the next block holds if it is filled with `tokens`."""
+        data = struct.pack(f"<{len(tokens)}I", *tokens)
+        return Content(blake2b(self.key + data, digest_size=KEY_BYTES).digest(), data, self)
+
+
+def root(key: bytes) -> Content:
+    """Where chains begin. Only sequences with the same key ever share blocks."""
+    return Content(key, b"", None)
+
+
+def same(one: Content | None, other: Content | None) -> bool:
+    """Whether both stand for the same tokens after the same root, down to the root.
+
+    Chains that share their objects, as those of found blocks do, are compared up to there only.
+    """
+    while one is not other:
+        if one is None or other is None or one.key != other.key or one.data != other.data:
+            return False
+        one, other = one.parent, other.parent
+    return True
