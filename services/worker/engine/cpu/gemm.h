@@ -19,12 +19,13 @@ constexpr int ROWS_TILE = 12;
 constexpr int ROWS_TILE = 3;
 #endif
 constexpr int ITEMS_PER_THREAD = 8;
-// From so many tiles on it pays to put x into the order in which it is read.
-constexpr int TILES_PACKED = 12;
+// From so many tiles on the panels move and the tiles stay.
+constexpr int TILES_MANY = 6;
 // So many inputs ahead of the product, memory is asked for the weight.
 constexpr int PREFETCHED = 128;
-// A panel and a tile of so many inputs stay in the innermost cache together.
-constexpr int INPUTS_BLOCK = 320;
+// A tile of so many inputs stays in the innermost cache, and so many panels in the one behind it.
+constexpr int INPUTS_BLOCK = 768;
+constexpr int PANELS_GROUP = 12;
 
 inline int panels(int columns) { return (columns + PANEL - 1) / PANEL; }
 
@@ -55,30 +56,11 @@ struct Product {
     const float* bias;
     int rows, inputs, outputs;
     bool add;
-    float* space;  // rows · inputs floats, or null
 };
 
-// Rows of x as they lie, or the rows of one tile packed so that those of one k are neighbours.
-struct Plain {
-    const float* x;
-    int64_t stride;
-    template <int ROWS>
-    float at(int r, int k) const {
-        return x[r * stride + k];
-    }
-};
-
-struct Tiled {
-    const float* x;
-    template <int ROWS>
-    float at(int r, int k) const {
-        return x[k * ROWS + r];
-    }
-};
-
-template <class Panels, int ROWS, class Rows>
-inline void tile(const Product& p, const Rows& x, const typename Panels::Word* panel, int row, int column,
-                 int from, int to) {
+template <class Panels, int ROWS>
+inline void tile(const Product& p, const typename Panels::Word* panel, int row, int column, int from, int to) {
+    const float* x = p.x + row * p.x_stride;
     vf low[ROWS], high[ROWS];
     for (int r = 0; r < ROWS; ++r) low[r] = high[r] = vf{};
     for (int k = from; k < to; ++k) {
@@ -88,7 +70,7 @@ inline void tile(const Product& p, const Rows& x, const typename Panels::Word* p
         Panels::read(words, a, b);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) {
-            const vf value = splat(x.template at<ROWS>(r, k));
+            const vf value = splat(x[r * p.x_stride + k]);
             low[r] += value * a;
             high[r] += value * b;
         }
@@ -129,10 +111,37 @@ inline int tile_start(int rows, int tiles, int number) {
     return static_cast<int>(static_cast<int64_t>(rows) * number / tiles);
 }
 
-inline void pack_rows(const Product& p, int row, int rows, float* packed) {
-    for (int r = 0; r < rows; ++r) {
-        const float* x = p.x + (row + r) * p.x_stride;
-        for (int k = 0; k < p.inputs; ++k) packed[static_cast<int64_t>(k) * rows + r] = x[k];
+// Panels `first` to `last` for tiles `from` to `to`.
+struct Piece {
+    int first, last, from, to;
+};
+
+// Few rows: each panel comes from memory once and meets all of them.
+template <class Panels>
+inline void by_panels(const Product& p, const typename Panels::Word* weight, int tiles, const Piece& piece) {
+    const int64_t panel_words = static_cast<int64_t>(p.inputs) * Panels::WORDS;
+    for (int panel = piece.first; panel < piece.last; ++panel)
+        for (int t = piece.from; t < piece.to; ++t) {
+            const int row = tile_start(p.rows, tiles, t);
+            with_rows(tile_start(p.rows, tiles, t + 1) - row, [&]<int ROWS>() {
+                tile<Panels, ROWS>(p, weight + panel * panel_words, row, panel * PANEL, 0, p.inputs);
+            });
+        }
+}
+
+// Many rows: a tile stays in the innermost cache while the panels of the piece pass by from the next one.
+template <class Panels>
+inline void by_tiles(const Product& p, const typename Panels::Word* weight, int tiles, const Piece& piece) {
+    const int64_t panel_words = static_cast<int64_t>(p.inputs) * Panels::WORDS;
+    for (int k = 0; k < p.inputs; k += INPUTS_BLOCK) {
+        const int end = k + INPUTS_BLOCK < p.inputs ? k + INPUTS_BLOCK : p.inputs;
+        for (int t = piece.from; t < piece.to; ++t) {
+            const int row = tile_start(p.rows, tiles, t);
+            with_rows(tile_start(p.rows, tiles, t + 1) - row, [&]<int ROWS>() {
+                for (int panel = piece.first; panel < piece.last; ++panel)
+                    tile<Panels, ROWS>(p, weight + panel * panel_words, row, panel * PANEL, k, end);
+            });
+        }
     }
 }
 
@@ -141,48 +150,24 @@ void multiply(Pool& pool, const Product& p, const typename Panels::Word* weight)
     if (p.rows < 1 || p.outputs < 1) return;
     const int columns = panels(p.outputs);
     const int tiles = (p.rows + ROWS_TILE - 1) / ROWS_TILE;
-    const int64_t panel_words = static_cast<int64_t>(p.inputs) * Panels::WORDS;
-    const int block = tiles > 1 ? INPUTS_BLOCK : p.inputs;
-    float* packed = nullptr;
-    if (p.space && tiles >= TILES_PACKED) {
-        packed = p.space;
-        parallel(pool, tiles, [&](int number) {
-            const int row = tile_start(p.rows, tiles, number);
-            pack_rows(p, row, tile_start(p.rows, tiles, number + 1) - row,
-                      packed + static_cast<int64_t>(row) * p.inputs);
-        });
-    }
+    const bool many = tiles >= TILES_MANY;
     // Several items for each thread, so that one that is held up does not hold up the others.
     const int wanted = ITEMS_PER_THREAD * pool.threads();
-    const int group = columns > wanted ? columns / wanted : 1;
+    int group = columns > wanted ? columns / wanted : 1;
+    if (many) group = columns < PANELS_GROUP ? columns : PANELS_GROUP;
     const int groups = (columns + group - 1) / group;
     int tile_group = tiles;
     while (groups * ((tiles + tile_group - 1) / tile_group) < wanted && tile_group > 2)
         tile_group = (tile_group + 1) / 2;
     const int tile_groups = (tiles + tile_group - 1) / tile_group;
     parallel(pool, groups * tile_groups, [&](int item) {
-        const int first = item % groups * group;
-        const int last = first + group < columns ? first + group : columns;
-        const int from = item / groups * tile_group;
-        const int to = from + tile_group < tiles ? from + tile_group : tiles;
-        for (int panel = first; panel < last; ++panel) {
-            const auto* words = weight + panel * panel_words;
-            for (int k = 0; k < p.inputs; k += block) {
-                const int end = k + block < p.inputs ? k + block : p.inputs;
-                for (int t = from; t < to; ++t) {
-                    const int row = tile_start(p.rows, tiles, t);
-                    with_rows(tile_start(p.rows, tiles, t + 1) - row, [&]<int ROWS>() {
-                        const int column = panel * PANEL;
-                        if (packed)
-                            tile<Panels, ROWS>(p, Tiled{packed + static_cast<int64_t>(row) * p.inputs}, words,
-                                               row, column, k, end);
-                        else
-                            tile<Panels, ROWS>(p, Plain{p.x + row * p.x_stride, p.x_stride}, words, row,
-                                               column, k, end);
-                    });
-                }
-            }
-        }
+        const int panel = item % groups * group, t = item / groups * tile_group;
+        const Piece piece{panel, panel + group < columns ? panel + group : columns, t,
+                          t + tile_group < tiles ? t + tile_group : tiles};
+        if (many)
+            by_tiles<Panels>(p, weight, tiles, piece);
+        else
+            by_panels<Panels>(p, weight, tiles, piece);
     });
 }
 

@@ -11,7 +11,7 @@ using namespace tokenloom;
 
 extern "C" {
 
-int tl_version() { return 4; }
+int tl_version() { return 5; }
 // `team`: null, or GOMP_parallel.
 void* tl_pool_new(int threads, void* team) { return new Pool(threads, reinterpret_cast<Team>(team)); }
 void tl_spent(void* pool, int64_t* ns) {
@@ -42,8 +42,8 @@ void tl_pack32(const float* weight, int outputs, int inputs, float* words) {
 }
 
 void tl_linear(void* pool, const float* x, const void* weight, int narrow, const float* bias, float* out, int rows,
-               int inputs, int outputs, int add, float* space) {
-    const Product product{x, inputs, out, outputs, bias, rows, inputs, outputs, add != 0, space};
+               int inputs, int outputs, int add) {
+    const Product product{x, inputs, out, outputs, bias, rows, inputs, outputs, add != 0};
     const Spent spent(*static_cast<Pool*>(pool), Pool::SINGLE_PRODUCTS);
     if (narrow)
         multiply<Panels16>(*static_cast<Pool*>(pool), product, static_cast<const uint32_t*>(weight));

@@ -22,8 +22,6 @@ GATES = {"silu": 0, "gelu_tanh": 1}
 PANEL = 32
 """Output columns that are stored together."""
 LANES = 16
-ROWS_PACKED = 32
-"""From so many rows on a product may want its input in another order, and gets memory for it."""
 DIM_MAX = 256
 """The widest head."""
 
@@ -114,13 +112,10 @@ class Kernels:
         out = x.new_empty((*x.shape[:-1], weight.outputs)) if onto is None else onto
         if not out.is_contiguous() or out.numel() * weight.inputs != x.numel() * weight.outputs:
             raise ValueError(f"a product cannot be added to {tuple(out.shape)}")
-        rows = x.numel() // weight.inputs
-        space = torch.empty(x.numel()) if rows >= ROWS_PACKED else None
         self._library.tl_linear(
             self._pool, x.data_ptr(), weight.words.data_ptr(), int(weight.narrow),
             None if bias is None else bias.data_ptr(), out.data_ptr(),
-            rows, weight.inputs, weight.outputs, int(onto is not None),
-            None if space is None else space.data_ptr(),
+            x.numel() // weight.inputs, weight.inputs, weight.outputs, int(onto is not None),
         )  # fmt: skip
         return out
 

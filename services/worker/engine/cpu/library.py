@@ -10,7 +10,7 @@ import torch
 
 from services.worker.engine.cpu.build import library_path, variants
 
-VERSION = 4
+VERSION = 5
 """What `tl_version` must say."""
 
 NEEDS = {
@@ -25,7 +25,7 @@ _CACHE = (_POINTER, _POINTER, _INT, _INT, _INT)
 _PLAIN: dict[str, tuple[type, ...]] = {
     "tl_pack16": (_POINTER, _INT, _INT, _POINTER),
     "tl_pack32": (_POINTER, _INT, _INT, _POINTER),
-    "tl_linear": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER),
+    "tl_linear": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
     "tl_pool_free": (_POINTER,),
     "tl_spent": (_POINTER, _POINTER),
     "tl_stack": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),

@@ -47,7 +47,7 @@ struct StackStep {
     int64_t chunk_count;
 };
 
-inline void multiply(Pool& pool, const float* x, const Weight& w, float* out, int64_t rows, bool add, float* space) {
+inline void multiply(Pool& pool, const float* x, const Weight& w, float* out, int64_t rows, bool add) {
     const Product product{x,
                           w.inputs,
                           out,
@@ -56,8 +56,7 @@ inline void multiply(Pool& pool, const float* x, const Weight& w, float* out, in
                           static_cast<int>(rows),
                           static_cast<int>(w.inputs),
                           static_cast<int>(w.outputs),
-                          add,
-                          space};
+                          add};
     const Spent spent(pool, Pool::PRODUCTS);
     if (w.narrow)
         multiply<Panels16>(pool, product, static_cast<const uint32_t*>(w.words));
@@ -84,7 +83,7 @@ void place(Pool& pool, T* qkv, const T* cosines, const T* sines, int turned, con
     });
 }
 
-// `space`: tokens · (width + qkv outputs + heads · dim + 3 · inner + the widest input) floats.
+// `space`: tokens · (width + qkv outputs + heads · dim + 3 · inner) floats.
 inline void run_layer(Pool& pool, const StackShape& s, const LayerWeights& l, const StackStep& step, float* x,
                       float* space) {
     const int64_t tokens = step.tokens;
@@ -95,7 +94,6 @@ inline void run_layer(Pool& pool, const StackShape& s, const LayerWeights& l, co
     float* mixed = qkv + tokens * l.qkv.outputs;
     float* both = mixed + tokens * heads * dim;
     float* gated_rows = both + tokens * 2 * inner;
-    float* packed = gated_rows + tokens * inner;
     const Cache<float> cache{l.keys, l.values, static_cast<int>(s.kv_heads), dim, static_cast<int>(s.block_tokens)};
     const auto norm = [&](const float* weight) {
         const Spent spent(pool, Pool::NORMS);
@@ -104,7 +102,7 @@ inline void run_layer(Pool& pool, const StackShape& s, const LayerWeights& l, co
         });
     };
     norm(l.before);
-    multiply(pool, normed, l.qkv, qkv, tokens, false, packed);
+    multiply(pool, normed, l.qkv, qkv, tokens, false);
     std::optional<Spent> spent(std::in_place, pool, Pool::PLACE);
     place(pool, qkv, step.cosines, step.sines, static_cast<int>(step.turned), l.query_norm, l.key_norm,
           s.head_norm_eps, step.slots, tokens, heads, cache);
@@ -113,15 +111,15 @@ inline void run_layer(Pool& pool, const StackShape& s, const LayerWeights& l, co
                                   static_cast<int>(step.chunk_count), heads, static_cast<int>(l.window), s.scale,
                                   0.0f});
     spent.reset();
-    multiply(pool, mixed, l.o, x, tokens, true, packed);
+    multiply(pool, mixed, l.o, x, tokens, true);
     norm(l.after);
-    multiply(pool, normed, l.gate_up, both, tokens, false, packed);
+    multiply(pool, normed, l.gate_up, both, tokens, false);
     spent.emplace(pool, Pool::GATES);
     each_row(pool, tokens, 4 * inner, [&](int64_t row) {
         gate_row(both + row * 2 * inner, gated_rows + row * inner, inner, static_cast<int>(s.gate));
     });
     spent.reset();
-    multiply(pool, gated_rows, l.down, x, tokens, true, packed);
+    multiply(pool, gated_rows, l.down, x, tokens, true);
 }
 
 }  // namespace tokenloom

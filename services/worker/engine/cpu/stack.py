@@ -106,7 +106,6 @@ class Stack(nn.Module):
             + first.qkv.weight.outputs
             + first.o.weight.inputs
             + 3 * first.down.weight.inputs
-            + max(part.weight.inputs for part in (first.qkv, first.o, first.down))
         )
 
     def forward(
