@@ -22,8 +22,8 @@ CLUSTER_FILES = ("clusters-kubernetes-edge.yaml", "clusters-kubernetes-mesh.yaml
 BOOTSTRAP_FILE = "bootstrap.yaml"
 
 LOOPBACK = "127.0.0.1"
-TRACE_FLUSH_MS = 100
-"""Spans are wanted at once on one machine; the default is 5 s."""
+TRACE_FLUSH_MS = 500
+"""Spans are wanted soon on one machine; the default is 5 s."""
 
 Resource = dict[str, Any]
 Address = tuple[str, int]

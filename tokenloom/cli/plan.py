@@ -20,8 +20,8 @@ from tokenloom.cli.processes import Spec
 
 WORKERS_MAX = 64
 ENVOY_CONCURRENCY_MAX = 4
-OTLP_FLUSH_MS = 200
-"""Spans are wanted at once on one machine."""
+OTLP_FLUSH_MS = 500
+"""Spans are wanted soon on one machine, but each export costs every process that takes part."""
 
 Engine = Literal["torch", "sim"]
 

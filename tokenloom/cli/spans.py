@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
@@ -38,16 +38,19 @@ class Span:
     links: list[str] = field(default_factory=list)
     """`trace_id/span_id` of each span linked to."""
 
-    def to_line(self) -> str:
+    def to_line(self) -> bytes:
         """One line of JSON, with its newline."""
-        return json.dumps(asdict(self), separators=(",", ":")) + "\n"
+        return msgspec.json.encode(self) + b"\n"
+
+
+_decoder = msgspec.json.Decoder(Span)
 
 
 def from_line(line: str | bytes) -> Span | None:
     """The span of one line, or None for a line that is no span (the last may be half-written)."""
     try:
-        return Span(**json.loads(line))
-    except (ValueError, TypeError):
+        return _decoder.decode(line)
+    except msgspec.DecodeError:
         return None
 
 
@@ -107,7 +110,7 @@ class SpanFile:
 
     def append(self, spans: Sequence[Span]) -> None:
         """Blocks on the disk. Whole lines in one write, so that a reader sees none torn but the last."""
-        lines = "".join(span.to_line() for span in spans).encode()
+        lines = b"".join(span.to_line() for span in spans)
         if self._size() + len(lines) > self._bytes_max:
             self._rotate()
         with self._path.open("ab", buffering=0) as file:

@@ -16,7 +16,7 @@ from tokenloom.cli.spans import Span, from_line
 
 WAIT_MAX_S = 10.0
 """How long `--last` waits for a trace to be whole."""
-SETTLE_S = 0.5
+SETTLE_S = 0.8
 """Longer than the processes of a local mesh keep finished spans."""
 POLL_S = 0.05
 LAST_BYTES_MAX = 8 * 1024 * 1024

@@ -47,7 +47,7 @@ GENERATION = [
 
 
 def write(path, spans):
-    path.write_text("".join(s.to_line() for s in spans))
+    path.write_bytes(b"".join(s.to_line() for s in spans))
 
 
 def test_the_tree_is_drawn_with_bars_durations_and_what_matters():
