@@ -66,7 +66,8 @@ class Calibration:
         per_word = (tokens[1] - tokens[0]) / (many - few)
         if per_word <= 0:
             raise ValueError(f"prompts of {few} and {many} words came to {tokens[0]} and {tokens[1]} tokens")
-        return cls(tokens[0] - few * per_word, per_word)
+        # Words differ in length, so two probes may seem to say that a prompt of none has less than nothing.
+        return cls(max(0.0, tokens[0] - few * per_word), per_word)
 
     def words(self, tokens: int) -> int:
         """Words of a part; at least one."""

@@ -11,6 +11,6 @@ import os
 # The C library reads this when it is first used, so it stands where every service begins.
 os.environ.setdefault(
     "GRPC_EXPERIMENTS",
-    "-event_engine_client,-event_engine_listener,-event_engine_dns,-event_engine_callback_cq,"
+    "-event_engine_client,-event_engine_listener,-event_engine_callback_cq,"
     "-event_engine_for_all_other_endpoints",
 )
