@@ -25,7 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: the first CUDA device if there is one, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto` is the dtype that config.json names."""
+    """`auto` is the dtype that config.json names; float32 on a CPU that only emulates that one."""
     kv_cache_bytes: NotNegative = 0
     """Bytes of the KV cache; 0: enough for `sequences_max` whole contexts, within a share of what is free."""
     sequences_max: Positive = 64
@@ -41,7 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     pipeline_depth: Annotated[int, Meta(ge=1, le=2)] = 1
     """2: the next step is prepared while the present one is computed, by a thread of its own."""
     threads: NotNegative = 0
-    """CPU threads for torch; 0: as many as this process may use."""
+    """CPU threads for the kernels and torch; 0: as many as this process may use."""
 
 
 class ConfigError(ValueError):

@@ -74,24 +74,21 @@ def _fused(layer: Any, products: Products) -> Layer | None:
     if qkv is None or gate_up is None:
         return None
     o, down = products.of(attention.o_proj), products.of(mlp.down_proj)
-    return Layer(layer, _heads(attention), _operations(layer, products), qkv, o, gate_up, down)
+    return Layer(layer, _heads(layer), _operations(layer, products), qkv, o, gate_up, down)
 
 
-def _heads(attention: Any) -> Heads:
+def _heads(layer: Any) -> Heads:
+    attention = layer.self_attn
     count = attention.q_proj.out_features // attention.head_dim
     return Heads(
         layer=attention.layer_idx,
         count=count,
         rotated=count + attention.k_proj.out_features // attention.head_dim,
         dim=attention.head_dim,
-        flavour=Flavour(attention.scaling, _window(attention) or 0),
+        flavour=Flavour(attention.scaling, WINDOWS[type(layer).__name__](attention) or 0),
         query_norm=getattr(attention, "q_norm", None),
         key_norm=getattr(attention, "k_norm", None),
     )
-
-
-def _window(attention: Any) -> int | None:
-    return WINDOWS[type(attention).__name__.replace("Attention", "DecoderLayer")](attention)
 
 
 def _operations(layer: Any, products: Products) -> Operations:

@@ -219,11 +219,19 @@ def _model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrained
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            # Its own refusal names no tensor; ours, below, does.
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise load_failed(str(error)) from error
     if missing := sorted(found["missing_keys"]):
         raise load_failed(f"{len(missing)} weights are missing, {missing[0]} the first")
+    if mismatched := sorted(found["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise load_failed(
+            f"{len(mismatched)} weights have another shape than config.json says, {name} the first: "
+            f"{list(stored)} is stored, {list(wanted)} is wanted"
+        )
     try:
         return model.eval().requires_grad_(False).to(device)
     except torch.OutOfMemoryError as error:

@@ -119,7 +119,8 @@ async def test_a_caller_that_leaves_a_worker_ends_its_lease(tmp_path):
         call = generate("a")
         await made.until(lambda state: state.lease_count == 1)
         call.cancel()
-        await made.until(lambda state: state.lease_count == 0)
+        state = await made.until(lambda state: state.lease_count == 0)
+        assert (len(state.queues), state.counters.dispatched) == (0, 1)
 
 
 async def test_a_call_that_a_full_worker_refused_is_counted_where_it_ran(tmp_path):

@@ -75,7 +75,8 @@ async def test_a_caller_that_leaves_after_the_pick_ends_its_lease():
         exchange = await made.open("a")
         picked(await exchange.answer())
         exchange.call.cancel()
-        await made.until(lambda state: state.counters.completed == 1 and state.lease_count == 0)
+        state = await made.until(lambda state: state.lease_count == 0)
+        assert (state.counters.completed, state.counters.cancelled) == (1, 0)
 
 
 async def test_an_answer_of_envoys_own_while_a_request_waits_takes_it_out_of_the_queue():

@@ -103,12 +103,14 @@ def test_a_missing_tensor_is_named_rather_than_made_up(folder: Path) -> None:
 def test_a_truncated_file_is_a_failed_load(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    refusal(folder, "MODEL_LOAD_FAILED")
+    assert "file not fully covered" in refusal(folder, "MODEL_LOAD_FAILED").message
 
 
 def test_weights_of_another_shape_are_a_failed_load(folder: Path) -> None:
     change_config(folder, intermediate_size=96)
-    refusal(folder, "MODEL_LOAD_FAILED")
+    message = refusal(folder, "MODEL_LOAD_FAILED").message
+    assert "model.layers.0.mlp.down_proj.weight" in message
+    assert "96] is wanted" in message
 
 
 @pytest.mark.parametrize(("family", "own"), [("qwen3", True), ("mistral", True), ("gemma2", False)])

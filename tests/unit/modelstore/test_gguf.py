@@ -63,12 +63,18 @@ def test_a_cut_in_the_head_names_the_place():
     assert "inside metadata entry 1 of 10" in refused("SOURCE_INVALID", WHOLE[:30])
 
 
+def one_line(error):
+    return str(error) and "\n" not in str(error)
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(data):
     try:
-        parse(b"GGUF" + struct.pack("<I", 3) + data)
-    except GgufError:
-        pass
+        header = parse(b"GGUF" + struct.pack("<I", 3) + data)
+    except GgufError as error:
+        assert one_line(error)
+    else:
+        assert header.data_start >= 0
 
 
 @given(st.integers(0, len(WHOLE) - 1), st.integers(0, 255))
@@ -76,9 +82,11 @@ def test_one_changed_byte_never_crashes_the_reader(at, value):
     data = bytearray(WHOLE)
     data[at] = value
     try:
-        data_end(parse(bytes(data)), BLOCK_SIZES)
-    except GgufError:
-        pass
+        end, _ = data_end(parse(bytes(data)), BLOCK_SIZES)
+    except GgufError as error:
+        assert one_line(error)
+    else:
+        assert end >= 0
 
 
 def test_wrong_magic_and_old_versions_are_named():

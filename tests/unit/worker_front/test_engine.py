@@ -174,12 +174,14 @@ async def test_process_that_cannot_start_counts_as_a_failed_load() -> None:
 
 
 async def test_engine_that_once_served_is_started_again_and_again() -> None:
-    async with started() as (_, launch, link):
+    async with started() as (engine, launch, link):
         link.die()
         for _ in range(BOUNDS.load_attempts_max + 2):
             (await launch.next()).die()
         last = await launch.next()
         last.say(READY)
+        assert engine.state is EngineState.READY
+        assert launch.count == BOUNDS.load_attempts_max + 4
         last.die("exit status 0")
 
 
