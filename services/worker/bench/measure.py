@@ -54,7 +54,7 @@ def measure(options: Options, tell: Tell) -> None:
         "pipeline_depth": options.config.pipeline_depth,
     }
     tell(lines.About(about, _workload(options), options.prompts))
-    stepper = Stepper(engine, options.config.pipeline_depth, threads)
+    stepper = Stepper(engine, options.config.pipeline_depth)
     try:
         _measured(options, Driver(stepper, make), tell)
     finally:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import socket
 import time
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.engine import Engine
 from services.worker.engine.errors import EngineError, load_failed
-from services.worker.engine.host import use_threads
 from services.worker.engine.loader import LoadedModel, load
-from services.worker.engine.sampling import Drawn
+from services.worker.engine.pipeline import Pipeline
 from services.worker.engine.warmup import warm_up
 from services.worker.link import GONE, FrontLink
 from services.worker.protocol import Failed, Output, Progress, Step
@@ -36,7 +35,7 @@ class EngineLoop:
         try:
             engine = self._start()
             if self._config.pipeline_depth > 1:
-                Pipeline(engine, self._link, self._config.threads).run()
+                self._run_ahead(engine)
             while True:
                 self._turn(engine)
         except EngineError as error:
@@ -44,6 +43,20 @@ class EngineLoop:
             return False
         except GONE:
             return True
+
+    def _run_ahead(self, engine: Engine) -> None:
+        """Until the front is gone: raises one of GONE."""
+        with closing(Pipeline(engine)) as pipeline:
+            while True:
+                refused = self._link.apply(engine.submit, engine.cancel)
+                landing = pipeline.turn()
+                if landing is not None:
+                    self._link.send(with_outputs(refused, engine.tell(landing)))
+                elif not pipeline.busy:
+                    self._link.send(Step(refused, engine.load()))
+                    self._link.wait()
+                elif refused:
+                    self._link.send(Step(refused, engine.load()))
 
     def _start(self) -> Engine:
         self._link.send(Progress("start", 0.0))
@@ -72,39 +85,6 @@ class EngineLoop:
             return
         self._link.send(Step(refused, engine.load()))
         self._link.wait()
-
-
-class Pipeline:
-    """Computes one step in a thread while the next is prepared and the last is told."""
-
-    def __init__(self, engine: Engine, link: FrontLink, threads: int) -> None:
-        self._engine = engine
-        self._link = link
-        self._threads = threads
-        self._computing: Future[Drawn | None] | None = None
-
-    def run(self) -> None:
-        """Until the front is gone: raises one of GONE. A defect in a step is raised, too."""
-        with ThreadPoolExecutor(1, "compute", use_threads, (self._threads,)) as thread:
-            while True:
-                self._turn(thread)
-
-    def _turn(self, thread: ThreadPoolExecutor) -> None:
-        refused = self._link.apply(self._engine.submit, self._engine.cancel)
-        ahead = self._engine.begin()
-        if self._computing is None:
-            if ahead is None:
-                self._link.send(Step(refused, self._engine.load()))
-                self._link.wait()
-            else:
-                self._computing = thread.submit(self._engine.compute, ahead)
-                if refused:
-                    self._link.send(Step(refused, self._engine.load()))
-            return
-        landing = self._engine.settle(self._computing.result())
-        following = self._engine.next()
-        self._computing = None if following is None else thread.submit(self._engine.compute, following)
-        self._link.send(with_outputs(refused, self._engine.tell(landing)))
 
 
 def with_outputs(more: list[Output], step: Step) -> Step:

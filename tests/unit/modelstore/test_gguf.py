@@ -63,30 +63,30 @@ def test_a_cut_in_the_head_names_the_place():
     assert "inside metadata entry 1 of 10" in refused("SOURCE_INVALID", WHOLE[:30])
 
 
-def one_line(error):
-    return str(error) and "\n" not in str(error)
+def outcome(read):
+    """What was read, or why it was refused."""
+    try:
+        return read()
+    except GgufError as error:
+        return str(error)
+
+
+def is_one_line(text):
+    return bool(text) and "\n" not in text
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(data):
-    try:
-        header = parse(b"GGUF" + struct.pack("<I", 3) + data)
-    except GgufError as error:
-        assert one_line(error)
-    else:
-        assert header.data_start >= 0
+    found = outcome(lambda: parse(b"GGUF" + struct.pack("<I", 3) + data).data_start)
+    assert is_one_line(found) if isinstance(found, str) else found >= 0
 
 
 @given(st.integers(0, len(WHOLE) - 1), st.integers(0, 255))
 def test_one_changed_byte_never_crashes_the_reader(at, value):
     data = bytearray(WHOLE)
     data[at] = value
-    try:
-        end, _ = data_end(parse(bytes(data)), BLOCK_SIZES)
-    except GgufError as error:
-        assert one_line(error)
-    else:
-        assert end >= 0
+    found = outcome(lambda: data_end(parse(bytes(data)), BLOCK_SIZES)[0])
+    assert is_one_line(found) if isinstance(found, str) else found >= 0
 
 
 def test_wrong_magic_and_old_versions_are_named():
