@@ -35,8 +35,10 @@ from tokenloom.cli.processes import children_of
 START_MAX_S = 600.0
 """For a server from its start to its first answer; a model is loaded and compiled meanwhile."""
 STOP_MAX_S = 30.0
-IDLE_CORES_MAX = 0.05
+IDLE_CORES_MAX = 0.01
 """A server that takes more than this while another is measured is stopped for as long."""
+SETTLE_S = 1.0
+"""For a server that was stopped, before it is measured: its parts have to hear of each other again."""
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 COMMAND = (sys.executable, "-m", "tokenloom.cli")
 
@@ -81,14 +83,12 @@ class Server:
     """A server on a port; `pids` are its processes' ancestors."""
 
     def __init__(
-        self, name: str, address: str, model: str, pids: Sequence[int], facts: dict[str, str | int | float],
-        stoppable: bool = False,
+        self, name: str, address: str, model: str, pids: Sequence[int], facts: dict[str, str | int | float]
     ) -> None:  # fmt: skip
         self.name = name
         self._load = MeshLoad(address=address, model=model, loop=bench_mesh.fast_loop("openai"))
         self._pids = list(pids)
         self._facts = facts
-        self._stoppable = stoppable
         self._stopped: list[int] = []
         self.burns = False
         """Whether it was seen to take CPU without being asked anything."""
@@ -115,7 +115,7 @@ class Server:
         return sum(_cpu_s(pid) for pid in self._tree())
 
     def pause(self) -> None:
-        if self._stoppable and self.burns:
+        if self.burns:
             self._stopped = self._tree()
             for pid in self._stopped:
                 _signal(pid, signal.SIGSTOP)
@@ -123,6 +123,8 @@ class Server:
     def resume(self) -> None:
         for pid in self._stopped:
             _signal(pid, signal.SIGCONT)
+        if self._stopped:
+            time.sleep(SETTLE_S)
         self._stopped = []
 
     def _tree(self) -> list[int]:
@@ -198,12 +200,13 @@ def mesh(name: str, model: str, source: Path, dtype: str, threads: int) -> Itera
     if known.returncode != 0:
         _command("models", "import", str(source), "--name", model)
     settings = {"TOKENLOOM_WORKER_DTYPE": dtype, "TOKENLOOM_WORKER_THREADS": str(threads)}
-    _command("up", "--detach", "--port", str(port), "--model", model, **settings)
+    # No traces, as in the overlay for measuring, and as with the peers.
+    _command("up", "--detach", "--port", str(port), "--model", model, "--trace-ratio", "0", **settings)
     try:
         running = local.running()
         if running is None:
             raise SystemExit("bench: the mesh is gone; see `tokenloom logs`")
-        facts: dict[str, str | int | float] = {"dtype": dtype, "threads": threads}
+        facts: dict[str, str | int | float] = {"dtype": dtype, "threads": threads, "trace_ratio": 0}
         yield Server(name, f"http://127.0.0.1:{port}", model, [running.launcher_pid], facts)
     finally:
         _command("down")
@@ -233,7 +236,7 @@ def vllm(venv: Path, folder: Path, dtype: str, cache_gib: int, log: Path) -> Ite
             "dtype": dtype,
             "command": " ".join(["vllm", *command[1:2], "MODEL", *command[3:]]),
         }
-        yield Server("vllm", f"http://127.0.0.1:{port}", "smol", [process.pid], facts, stoppable=True)
+        yield Server("vllm", f"http://127.0.0.1:{port}", "smol", [process.pid], facts)
     finally:
         _end(process)
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 import grpc
 import openai
@@ -26,6 +28,25 @@ def client(real_mesh):
 
 def test_the_model_knows_the_capital_of_france(real_mesh):
     assert "Paris" in real_mesh.ok("generate", "What is the capital of France?", "--temperature", "0")
+
+
+def test_every_process_but_the_engine_leaves_the_cores_to_whoever_computes(real_mesh):
+    processes = real_mesh.status()
+    (engine,) = processes["worker-0"]["children"]
+    assert engine["name"] == "services.worker.engine"
+    assert policies(engine["pid"]) == {os.SCHED_OTHER}
+    for process in processes.values():
+        assert policies(process["pid"]) == {os.SCHED_BATCH}, process["name"]
+
+
+def policies(pid):
+    """How the kernel schedules each thread of a process."""
+    found = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        # Threads come and go.
+        with suppress(ProcessLookupError):
+            found.add(os.sched_getscheduler(int(thread)))
+    return found
 
 
 def test_the_trace_shows_one_request_through_every_part(real_mesh):

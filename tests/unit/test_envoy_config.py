@@ -3,6 +3,7 @@
 What these settings do is shown with a real Envoy in tests/integration/envoy.
 """
 
+import copy
 import re
 import subprocess
 
@@ -31,6 +32,24 @@ def listener(name):
 
 def manager(found):
     return found["filter_chains"][0]["filters"][0]["typed_config"]
+
+
+def sampler(found):
+    """What decides whether a request that no caller has decided about is traced; None where nothing does."""
+    return manager(found)["tracing"]["provider"]["typed_config"].get("sampler")
+
+
+def traced_share(found):
+    share = sampler(found)["typed_config"]["wrapped_sampler"]["typed_config"]["sampling_percentage"]
+    return share["numerator"] / {"HUNDRED": 100, "MILLION": 1_000_000}[share["denominator"]]
+
+
+def without_share(found):
+    """A copy that says nothing of how many requests are traced."""
+    found = copy.deepcopy(found)
+    if sampler(found) is not None:
+        del sampler(found)["typed_config"]["wrapped_sampler"]["typed_config"]["sampling_percentage"]
+    return found
 
 
 def filters(name):
@@ -64,12 +83,26 @@ def http2(found):
 
 
 @pytest.mark.parametrize("name", ["edge", "mesh"])
-def test_the_launcher_changes_nothing_of_a_listener_but_its_address(name):
+def test_the_launcher_changes_nothing_of_a_listener_but_its_address_and_the_traced_share(name):
     original = listener(name)
-    (local,) = (made for made in envoy.listeners(PORTS) if made["name"] == name)
-    assert original | {"address": local["address"]} == local
+    (local,) = (made for made in envoy.listeners(PORTS, 0.25) if made["name"] == name)
+    assert without_share(original) | {"address": local["address"]} == without_share(local)
     place = local["address"]["socket_address"]
     assert place == {"address": "127.0.0.1", "port_value": getattr(PORTS, name)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "share"), [((), 1), ((1.0,), 1), ((0.0,), 0), ((0.25,), 0.25), ((1e-6,), 1e-6)]
+)
+def test_a_local_edge_traces_the_share_that_was_asked_for_and_all_by_default(asked, share):
+    edge = next(made for made in envoy.listeners(PORTS, *asked) if made["name"] == "edge")
+    assert traced_share(edge) == share
+
+
+def test_the_ratio_reaches_the_file_that_envoy_reads(tmp_path):
+    envoy.write(tmp_path, PORTS, ENDPOINTS, trace_ratio=0.125)
+    written = yaml.safe_load((tmp_path / "listeners.yaml").read_text())["resources"]
+    assert [traced_share(found) for found in written if sampler(found)] == [0.125]
 
 
 def test_the_launcher_changes_nothing_of_a_cluster_but_where_it_points():
@@ -122,7 +155,7 @@ def test_the_local_bootstrap_differs_in_places_and_in_how_soon_spans_leave(tmp_p
 def test_envoy_accepts_the_files_without_a_warning(where, tmp_path):
     if where == "local":
         bootstrap = envoy.bootstrap(PORTS, tmp_path)
-        listeners, clusters = envoy.listeners(PORTS), envoy.clusters(ENDPOINTS)
+        listeners, clusters = envoy.listeners(PORTS, 0.25), envoy.clusters(ENDPOINTS)
     else:
         bootstrap = envoy.load(envoy.BOOTSTRAP_FILE)
         listeners = [listener("edge"), listener("mesh")]
@@ -262,6 +295,12 @@ def test_each_listener_traces_under_its_own_name():
         tracing = manager(listener(name))["tracing"]["provider"]["typed_config"]
         assert tracing["service_name"] == name
         assert tracing["grpc_service"]["envoy_grpc"]["cluster_name"] == "otlp"
+
+
+def test_only_the_edge_decides_which_requests_are_traced_and_a_caller_may_have_decided():
+    assert sampler(listener("mesh")) is None
+    assert sampler(listener("edge"))["name"] == "envoy.tracers.opentelemetry.samplers.parent_based"
+    assert traced_share(listener("edge")) == 1
 
 
 def test_kubernetes_finds_everything_by_headless_names_that_are_asked_often():

@@ -25,6 +25,8 @@ LOOPBACK = "127.0.0.1"
 TRACE_FLUSH_MS = 500
 """Spans are wanted soon on one machine; the default is 5 s."""
 
+PER_MILLION = 1_000_000
+
 Resource = dict[str, Any]
 Address = tuple[str, int]
 
@@ -60,12 +62,13 @@ def load(name: str) -> Resource:
     return parsed
 
 
-def listeners(ports: EnvoyPorts) -> list[Resource]:
-    """Both listeners as they are, but for their address."""
+def listeners(ports: EnvoyPorts, trace_ratio: float = 1.0) -> list[Resource]:
+    """Both listeners as they are, but for their address and the share of requests that are traced."""
     rebound = []
     for name in LISTENER_FILES:
         for resource in load(name)["resources"]:
             host, port = ports.address_of(resource["name"])
+            _sample(resource, trace_ratio)
             rebound.append(resource | {"address": _socket(host, port)})
     return rebound
 
@@ -96,10 +99,12 @@ def bootstrap(ports: EnvoyPorts, folder: Path, *, trace_flush_ms: int = TRACE_FL
     return made
 
 
-def write(folder: Path, ports: EnvoyPorts, endpoints: Mapping[str, Sequence[Address]]) -> Path:
+def write(
+    folder: Path, ports: EnvoyPorts, endpoints: Mapping[str, Sequence[Address]], *, trace_ratio: float = 1.0
+) -> Path:
     """Write the three files into `folder`; the bootstrap's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    _dump(folder / "listeners.yaml", {"resources": listeners(ports)})
+    _dump(folder / "listeners.yaml", {"resources": listeners(ports, trace_ratio)})
     _dump(folder / "clusters.yaml", {"resources": clusters(endpoints)})
     _dump(folder / BOOTSTRAP_FILE, bootstrap(ports, folder))
     return folder / BOOTSTRAP_FILE
@@ -123,6 +128,17 @@ def standalone(made: Resource, listener_list: list[Resource], cluster_list: list
     for key, resources in (("listeners", listener_list), ("clusters", cluster_list)):
         whole["static_resources"][key] += [{k: v for k, v in r.items() if k != "@type"} for r in resources]
     return whole
+
+
+def _sample(resource: Resource, trace_ratio: float) -> None:
+    """Sets the ratio where a listener has one: the one that begins traces."""
+    manager = resource["filter_chains"][0]["filters"][0]["typed_config"]
+    sampler = manager["tracing"]["provider"]["typed_config"].get("sampler")
+    if sampler is not None:
+        sampler["typed_config"]["wrapped_sampler"]["typed_config"]["sampling_percentage"] = {
+            "numerator": round(trace_ratio * PER_MILLION),
+            "denominator": "MILLION",
+        }
 
 
 def _pointed(cluster: Resource, addresses: Sequence[Address]) -> Resource:

@@ -112,7 +112,12 @@ class Launcher:
             await self._supervisor.start([plan.modelstore()])
             target = f"{envoy.LOOPBACK}:{chosen.modelstore['grpc']}"
             self._mesh.models = await models_to_load(target, self.options.engine, self.options.models)
-            bootstrap = envoy.write(local.envoy_dir(), plan.envoy_ports(), plan.endpoints())
+            bootstrap = envoy.write(
+                local.envoy_dir(),
+                plan.envoy_ports(),
+                plan.endpoints(),
+                trace_ratio=self.options.trace_ratio,
+            )
             command = envoy.command(binary, bootstrap, concurrency=plan.envoy_concurrency())
             await self._supervisor.start(plan.serving(self._mesh.models, command))
         except StartFailed as error:

@@ -62,13 +62,23 @@ def up(
     model: Annotated[
         list[str] | None, typer.Option(help="Load this one; may be repeated. Default: all in the store.")
     ] = None,
+    trace_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the requests that leave a trace.")
+    ] = 1.0,
     report_fd: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Start a mesh on this machine: modelstore, workers, batcher, gateway and Envoy."""
     if engine not in ("torch", "sim"):
         raise CliError(f"--engine is torch or sim, not {engine!r}", status=2)
     kind: Engine = "sim" if engine == "sim" else "torch"
-    options = Options(workers=workers, engine=kind, port=port, host=host, models=tuple(model or ()))
+    options = Options(
+        workers=workers,
+        engine=kind,
+        port=port,
+        host=host,
+        models=tuple(model or ()),
+        trace_ratio=trace_ratio,
+    )
     if report_fd >= 0:
         up_command.for_parent(options, report_fd, console)
     elif detach:

@@ -35,6 +35,8 @@ class Options:
     port: int = 8080
     host: str = envoy.LOOPBACK
     models: tuple[str, ...] = ()
+    trace_ratio: float = 1.0
+    """Share of the requests that are traced."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def _launcher(options: Options, log: Path) -> Iterator[tuple[subprocess.Popen[by
     command = [sys.executable, "-m", "tokenloom.cli", "up", "--report-fd", str(writing)]
     command += ["--workers", str(options.workers), "--engine", options.engine]
     command += ["--port", str(options.port), "--host", options.host]
+    command += ["--trace-ratio", str(options.trace_ratio)]
     command += [part for model in options.models for part in ("--model", model)]
     with log.open("ab") as sink:
         process = subprocess.Popen(

@@ -11,7 +11,12 @@ import socket
 import sys
 
 from services.worker.engine.config import ConfigError, decode_config
-from services.worker.engine.host import keep_freed_memory, prepare_environment, use_threads
+from services.worker.engine.host import (
+    keep_freed_memory,
+    prepare_environment,
+    schedule_as_usual,
+    use_threads,
+)
 
 EXIT_CONFIG = 78
 """`EX_CONFIG` of sysexits.h."""
@@ -28,6 +33,7 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
+    schedule_as_usual()
     prepare_environment()
     keep_freed_memory()
     from services.worker.engine.loop import EngineLoop

@@ -38,6 +38,15 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def schedule_as_usual() -> None:
+    """An engine computes like any program, also when its front was told to keep in the background.
+
+    Call before there are threads: each one inherits it.
+    """
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def use_threads(count: int) -> int:
     """Sets torch's threads; 0: as many as this process may use. Returns their number."""
     import torch

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from tokenloom.cli import envoy
 from tokenloom.cli.ports import free_ports, is_free
+from tokenloom.cli.traces import SERVICES, read_recent
 
 WAIT_S = 120.0
 PROCESSES = ["modelstore", "worker-0", "worker-1", "batcher", "gateway", "envoy"]
@@ -119,6 +121,12 @@ def test_an_answer_streams_and_its_trace_shows_every_service_under_one_root(cli)
     assert re.search(r"└─ worker decode|├─ worker decode", drawn)
 
 
+def test_every_process_of_a_mesh_leaves_the_cores_to_whoever_computes(cli):
+    processes = {name: pids({name: found}) for name, found in cli.processes().items()}
+    policies = {name: {os.sched_getscheduler(pid) for pid in found} for name, found in processes.items()}
+    assert policies == {name: {os.SCHED_BATCH} for name in PROCESSES}
+
+
 def test_a_second_mesh_and_a_taken_port_are_refused(cli, tmp_path):
     status, out = cli.attempt(*cli.up("--detach"))
     assert status == 1
@@ -149,13 +157,41 @@ def test_a_killed_worker_comes_back_on_its_port_and_the_mesh_goes_on(cli):
     assert "died: signal SIGKILL" in said
 
 
-def test_down_leaves_nothing_behind_and_the_mesh_starts_again_from_what_it_kept(cli):
+def test_down_leaves_nothing_behind(cli):
     everything = pids(cli.processes())
     assert cli.run("down") == "the mesh is down\n"
     assert not any(lives(pid) for pid in everything)
     assert cli.processes() == {}
     assert is_free(cli.port)
-    assert "already" not in cli.run(*cli.up("--detach"))
+
+
+def test_a_mesh_starts_again_from_what_it_kept_and_with_a_ratio_of_0_traces_only_who_asks(cli):
+    cli.attempt("down")
+    assert "already" not in cli.run(*cli.up("--detach", "--trace-ratio", "0"))
+    began_ns = time.time_ns()
+    cli.run("generate", "hello", "--max-tokens", "2")
+    wanted = f"{began_ns:032x}"
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{cli.port}/v1/completions",
+        json.dumps({"model": "sim", "prompt": "hello", "max_tokens": 2}).encode(),
+        {"content-type": "application/json", "traceparent": f"00-{wanted}-00f067aa0ba902b7-01"},
+    )
+    with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+        assert json.load(answer)["usage"]["completion_tokens"] == 2
+    path = Path(cli.env["TOKENLOOM_HOME"]) / "traces.jsonl"
+
+    def fresh() -> dict[str, set[str]]:
+        """Which services left spans of each trace since this test began."""
+        traces = read_recent(path)
+        return {
+            trace_id: services
+            for trace_id, trace in traces.items()
+            if (services := {s.service for s in trace.spans if s.start_ns >= began_ns})
+        }
+
+    # Each sends its spans in order: when all have sent those of the second request, none kept the first's.
+    until(lambda: fresh().get(wanted, set()) >= SERVICES, "the trace that was asked for")
+    assert fresh().keys() == {wanted}
 
 
 def test_with_the_launcher_killed_every_process_ends_and_the_next_mesh_starts(cli):

@@ -18,6 +18,10 @@ class Gateway:
 
     def __init__(self) -> None:
         self.seen: list[dict[str, str]] = []
+        self.status = 200
+        """Of the HTTP side's answers."""
+        self.code = grpc.StatusCode.OK
+        """Of the gRPC side's answers."""
         self.release = asyncio.Event()
         self.left = asyncio.Event()
         """A caller went away in the middle of an answer."""
@@ -42,7 +46,8 @@ class Gateway:
 
     async def _echo(self, request: web.Request) -> web.Response:
         self.seen.append({k.lower(): v for k, v in request.headers.items()})
-        return web.json_response({"path": request.path, "body": await request.text()})
+        content = {"path": request.path, "body": await request.text()}
+        return web.json_response(content, status=self.status)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -68,6 +73,8 @@ class _Echo(grpc.GenericRpcHandler):
         async def echo(request: bytes, context) -> bytes:
             metadata = {k: v for k, v in context.invocation_metadata() if isinstance(v, str)}
             self._gateway.seen.append(metadata)
+            if self._gateway.code is not grpc.StatusCode.OK:
+                await context.abort(self._gateway.code, "as the test wants it")
             return json.dumps({"method": details.method, "bytes": len(request)}).encode()
 
         return grpc.unary_unary_rpc_method_handler(echo)

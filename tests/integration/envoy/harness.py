@@ -104,6 +104,7 @@ class Mesh:
         self.workers: list[Fake] = []
         self.batchers: list[Fake] = []
         self.ports: envoy.EnvoyPorts
+        self._envoy: asyncio.subprocess.Process
         self.channel: grpc.aio.Channel
 
     async def fake(self, kind: str, port: int, **settings: object) -> Fake:
@@ -118,6 +119,7 @@ class Mesh:
         batchers: int = 1,
         change: Callable[[dict, str], None] | None = None,
         endpoints: dict[str, list[envoy.Address]] | None = None,
+        trace_ratio: float = 1.0,
         **batcher: object,
     ) -> Mesh:
         """Start everything; the batcher picks worker 0 unless told otherwise.
@@ -137,7 +139,7 @@ class Mesh:
             "gateway_http": [("127.0.0.1", numbers[-1])],
             "otlp": [("127.0.0.1", numbers[-1])],
         } | (endpoints or {})
-        bootstrap = envoy.write(self._folder, self.ports, places)
+        bootstrap = envoy.write(self._folder, self.ports, places, trace_ratio=trace_ratio)
         if change is not None:
             self._change(change)
         await self._run(bootstrap)
@@ -157,7 +159,7 @@ class Mesh:
         assert binary is not None, "no Envoy: run make install"
         log = (self._folder / "envoy.log").open("wb")
         self._stack.callback(log.close)
-        process = await asyncio.create_subprocess_exec(
+        process = self._envoy = await asyncio.create_subprocess_exec(
             *envoy.command(binary, bootstrap, concurrency=1), stdout=log, stderr=log
         )
 
@@ -172,6 +174,14 @@ class Mesh:
             while await self.get("/readyz", self.ports.probes) != "LIVE\n":
                 assert process.returncode is None, (self._folder / "envoy.log").read_text()[-3000:]
                 await asyncio.sleep(0.05)
+
+    async def logged(self) -> list[dict]:
+        """The lines of the access log. Ends Envoy: only then it writes all that it has."""
+        self._envoy.terminate()
+        async with asyncio.timeout(WAIT_S):
+            await self._envoy.wait()
+        lines = (self._folder / "envoy.log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
 
     def open(self, port: int) -> grpc.aio.Channel:
         """One connection to one of Envoy's ports."""

@@ -150,6 +150,46 @@ async def test_without_a_gateway_each_caller_gets_an_error_in_its_own_language(m
         error = (await answer.json())["error"]
     assert (error["type"], error["code"]) == ("server_error", "SERVICE_UNAVAILABLE")
     assert error["message"]
+    logged = [(line["path"], line["status"], line["grpc_status"]) for line in await mesh.logged()]
+    assert logged == [(METHOD, 200, "Unavailable"), ("/v1/models", 503, None)]
+
+
+async def test_the_log_has_what_failed_and_nothing_of_what_was_answered(edge: Mesh, http, gateway: Gateway):
+    async def ask(path: str) -> int:
+        async with http.post(path, data=b"{}", headers={"content-type": "application/json"}) as answer:
+            return answer.status
+
+    async def ask_grpc_web() -> str:
+        """The gRPC status: in the headers when there is nothing else, else in the body's last frame."""
+        headers = {"content-type": "application/grpc-web+proto"}
+        async with http.post(METHOD, data=bytes(5), headers=headers) as answer:
+            last = (await answer.read()).partition(b"grpc-status:")[2].decode()
+            return answer.headers.get("grpc-status") or last[:1]
+
+    assert await ask("/v1/fine") == 200
+    async with http.get("/v1/stream") as streamed:
+        gateway.release.set()
+        await streamed.read()
+    await unary(edge)
+    assert await ask_grpc_web() == "0"
+    gateway.status, gateway.code = 404, grpc.StatusCode.NOT_FOUND
+    assert await ask("/v1/unknown") == 404
+    with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
+        await unary(edge)
+    assert await ask_grpc_web() == "5"
+
+    gateway.status, gateway.code = 500, grpc.StatusCode.UNAVAILABLE
+    assert await ask("/v1/broken") == 500
+    with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
+        await unary(edge)
+    assert await ask_grpc_web() == "14"
+    # All of it is over before the log is read.
+    lines = [(line["path"], line["status"], line["grpc_status"]) for line in await edge.logged()]
+    assert lines == [
+        ("/v1/broken", 500, None),
+        (METHOD, 200, "Unavailable"),
+        (METHOD, 200, "Unavailable"),
+    ]
 
 
 async def test_admin_answers_on_loopback_only_and_probes_show_what_others_may_see(edge: Mesh):

@@ -96,6 +96,14 @@ def test_an_engine_that_does_not_exist_is_refused(home):
     assert "torch or sim" in err
 
 
+@pytest.mark.parametrize("ratio", ["-0.1", "1.5", "nan", "most"])
+def test_a_trace_ratio_that_is_no_share_is_refused_by_name(home, ratio):
+    status, out, err = run("up", "--engine", "sim", f"--trace-ratio={ratio}")
+    assert (status, out) == (2, "")
+    assert "--trace-ratio" in err
+    assert "Traceback" not in err
+
+
 MESH = state.Mesh(
     launcher_pid=os.getpid(),
     address="127.0.0.1:8080",
