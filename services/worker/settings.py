@@ -40,10 +40,12 @@ class WorkerSettings(ServiceSettings):
     step_tokens_max: int = Field(0, ge=0, le=65536)
     """Tokens that one step may compute, decodes and prompt chunks together, at least `sequences_max`;
     0: STEP_TOKENS, or `sequences_max` where that is more."""
+    itl_max_ms: int = Field(0, ge=0, le=60_000)
+    """About how long a step that decodes may be held up by prompts in it; 0: no bound."""
     block_tokens: int = Field(16, ge=1, le=1024)
     prefix_cache: bool = True
     """Whether a prompt finds blocks of the KV cache that hold its beginning already."""
-    pipeline_depth: int = Field(1, ge=1, le=2)
+    pipeline_depth: int = Field(0, ge=0, le=2)
     """2: an engine prepares its next step while it computes the present one."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads of each engine; 0: as many as the process may use."""
@@ -54,7 +56,7 @@ class WorkerSettings(ServiceSettings):
     """For a request that came without a deadline."""
     report_interval_ms: int = Field(20, ge=1, le=10_000)
     """The least time between two load reports."""
-    heartbeat_ms: int = Field(50, ge=5, le=10_000)
+    heartbeat_ms: int = Field(80, ge=5, le=10_000)
     """The longest time between two load reports, also when nothing changed."""
 
     resolve_backoff_max_s: float = Field(2.0, gt=0, le=600)

@@ -89,6 +89,42 @@ class Spread(msgspec.Struct, frozen=True):
         return cls(sum(ordered) / len(ordered), at[0], at[1], at[2], ordered[-1])
 
 
+class Term(msgspec.Struct, frozen=True):
+    """A part of a step's work, and the least time that it takes."""
+
+    bytes: float
+    operations: float
+    ms: float
+
+
+class Floor(msgspec.Struct, frozen=True, kw_only=True):
+    """The least time of one step on a machine of known speeds."""
+
+    batch: float
+    """Sequences."""
+    context: float
+    """Tokens that each of them attends to."""
+    step_ms: float
+    """The sum of the terms."""
+    terms: dict[str, Term] = {}
+
+
+class Decode(msgspec.Struct, frozen=True, kw_only=True):
+    """Steps that only decode, of a full batch near one context."""
+
+    batch: int
+    context: int
+    """As asked for."""
+    context_mean: float
+    steps: int
+    """0: there was no such step."""
+    step_ms: Spread | None
+    tokens_per_s: float
+    """`batch` divided by the median step."""
+    parts_ms: dict[str, float] = {}
+    floor: Floor | None = None
+
+
 class Steps(msgspec.Struct, frozen=True, kw_only=True):
     """What the steps of an engine took; only an engine in the same process can tell."""
 
@@ -96,9 +132,18 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True):
     step_ms: Spread | None = None
     decode_step_ms: Spread | None = None
     """Of steps without prompt tokens."""
+    decode_sequences_mean: float = 0.0
+    decode_context_mean: float = 0.0
+    """Tokens that a sequence attended to in them."""
+    decode_floor: Floor | None = None
+    """At those means, where the machine's speeds are known."""
+    decode_only: Decode | None = None
+    """At one context, where that was asked for."""
     step_tokens_mean: float = 0.0
     prefill_tokens_per_s: float = 0.0
     """Prompt tokens computed, divided by the time of the steps that computed any."""
+    prefill_floor_tokens_per_s: float | None = None
+    """Where all prompts are computed together, and nothing else."""
     preemptions: int = 0
     parts_ms: dict[str, float] = {}
     """Mean time of a step's parts, where the engine keeps an account."""
@@ -120,6 +165,8 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     other_length: int = 0
     """Completed answers that are not as long as asked."""
     duration_s: float
+    floor_s: float | None = None
+    """The least time of the whole level, for an engine alone on a machine of known speeds."""
     total_input_tokens: int
     total_cached_tokens: int = 0
     total_output_tokens: int

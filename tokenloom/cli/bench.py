@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 
 from tokenloom.bench import report as reports
+from tokenloom.bench import words
 from tokenloom.bench.report import Report
 from tokenloom.bench.traces import Fit
-from tokenloom.bench.workload import CONCURRENCY_MAX, TOKENS_MAX, Lengths
+from tokenloom.bench.workload import CONCURRENCY_MAX, REQUESTS_MAX, TOKENS_MAX, Lengths
 from tokenloom.cli import bench_facts, bench_options, bench_plot, bench_view
 from tokenloom.cli.errors import CliError
 
@@ -35,6 +36,13 @@ class EndpointName(StrEnum):
 
     chat = "chat"
     completions = "completions"
+
+
+class LoadFormat(StrEnum):
+    """Where the engine alone gets its weights."""
+
+    auto = "auto"
+    dummy = "dummy"
 
 
 class PromptKind(StrEnum):
@@ -168,6 +176,12 @@ def engine(
         typer.Option(help="Of the local store; needed when there are several."),
     ] = None,
     model_dir: Annotated[Path | None, typer.Option(help="A Hugging Face folder instead.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights of a known shape instead, e.g. llama-3-8b.")
+    ] = None,
+    load_format: Annotated[
+        LoadFormat, typer.Option(help="dummy: random weights; the folder needs a config.json alone.")
+    ] = LoadFormat.auto,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="0: as many as there are cores.")] = 0,
@@ -183,6 +197,10 @@ def engine(
     batch: Annotated[str, typer.Option(help="Sequences in flight, e.g. 1,8,32,64.")] = "1",
     prompts: Annotated[PromptKind, typer.Option(help="ids: random ones.")] = PromptKind.ids,
     requests: Requests = None,
+    waves: Annotated[
+        int | None, typer.Option(min=1, max=REQUESTS_MAX, help="Instead: for each in flight; 1: all at once.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Levels of each batch.")] = 1,
     prompt_tokens: PromptTokens = 64,
     output_tokens: OutputTokens = 64,
     trace: TraceFile = None,
@@ -192,6 +210,17 @@ def engine(
     prefix_cached: PrefixCached = 0,
     slo_ttft_ms: SloTtft = None,
     slo_itl_ms: SloItl = None,
+    decode_only: Annotated[
+        int | None,
+        typer.Option(min=1, max=TOKENS_MAX, help="Also the decode steps of a full batch near this context."),
+    ] = None,
+    memory_bandwidth: Annotated[
+        float, typer.Option(help="Bytes per second, for floors. 0: what is known of the device.")
+    ] = 0.0,
+    flops: Annotated[float, typer.Option(help="Operations per second, likewise.")] = 0.0,
+    profile: Annotated[
+        Path | None, typer.Option(help="A folder for traces and tables of a few recorded steps.")
+    ] = None,
     seed: Seed = None,
     json_to: JsonOption = None,
     plot: PlotOption = None,
@@ -203,6 +232,13 @@ def engine(
     fit = bench_options.fit(1.0, length_scale, input_max, output_max)
     count = bench_options.requests(requests)
     bench_options.read_trace(bench_options.TraceOptions(trace, count or 1, fit))
+    extra = bench_options.engine_extra(
+        shape=shape,
+        load_format=load_format.value,
+        waves=None if waves is None else (waves, count),
+        decode_only=None if decode_only is None else (decode_only, prompt_tokens, output_tokens),
+        speeds=(memory_bandwidth, flops),
+    )
     load = bench_engine.EngineLoad(
         model=model,
         model_dir=model_dir,
@@ -222,6 +258,8 @@ def engine(
         pipeline_depth=pipeline_depth,
         trace=trace,
         fit=fit,
+        shape=shape,
+        more=extra | {"repeats": repeats, "profile": profile and profile.absolute()},
     )
     keep = _Keeper(json_to, plot)
     keep.show(bench_engine.run(load, keep.display))
@@ -246,7 +284,7 @@ class _Keeper:
         self.display.end()
         if report.levels:
             self._out.print(bench_view.table(report))
-        lines = [*bench_view.steps_lines(report.levels), *bench_view.remarks(report)]
+        lines = [*words.steps_lines(report.levels), *bench_view.remarks(report)]
         if report.prefix is not None:
             lines = [*bench_view.prefix_lines(report.prefix), *lines]
         engine = bench_view.engine_line(report)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +60,16 @@ class EngineLoad:
     """None: as the engine has it."""
     trace: Path | None = None
     fit: Fit = field(default_factory=Fit)
+    shape: str | None = None
+    """Instead of a model."""
+    more: Mapping[str, object] = field(default_factory=dict)
+    """Further options of the process, by name; None: not given."""
 
-    def arguments(self, folder: Path) -> list[str]:
+    def arguments(self, folder: Path | None) -> list[str]:
         """For the process that measures."""
         given: dict[str, object] = {
             "model-dir": folder,
+            "shape": self.shape,
             "device": self.device,
             "dtype": self.dtype,
             "threads": self.threads,
@@ -85,6 +90,7 @@ class EngineLoad:
             "seed": self.seed,
             "slo-ttft-ms": self.objectives.ttft_ms,
             "slo-itl-ms": self.objectives.itl_ms,
+            **self.more,
         }
         return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
@@ -93,13 +99,13 @@ def run(load: EngineLoad, watcher: Watcher, module: str = ENGINE) -> Report:
     """Raises CliError."""
     began = time.time()
     machine = bench_facts.machine()
-    with model_folder(load.model, load.model_dir) as (name, folder):
+    with _weights(load) as (name, folder):
         heard = _Heard(watcher)
         command = [sys.executable, "-m", module, *load.arguments(folder)]
         _listen(command, heard)
         return Report(
             kind="engine",
-            target=str(load.model_dir or local.store_dir()),
+            target=str(load.shape or load.model_dir or local.store_dir()),
             model=name,
             protocol=f"in process, {heard.about.protocol}",
             seed=load.seed,
@@ -185,6 +191,18 @@ def _child(command: list[str], noise: IO[bytes]) -> Iterator[subprocess.Popen[by
 def _tail(noise: IO[bytes], count: int = 8) -> str:
     noise.seek(0)
     return "\n".join(noise.read().decode("utf-8", "replace").strip().splitlines()[-count:])
+
+
+@contextmanager
+def _weights(load: EngineLoad) -> Iterator[tuple[str, Path | None]]:
+    """Name and folder of what is measured; a shape needs none. Raises CliError."""
+    if load.shape is None:
+        with model_folder(load.model, load.model_dir) as found:
+            yield found
+    elif load.model is not None or load.model_dir is not None:
+        raise CliError("give --shape, or a model, not both", status=2)
+    else:
+        yield load.shape, None
 
 
 @contextmanager

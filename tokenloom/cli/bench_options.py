@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.worker.bench.shapes import SHAPES
 from tokenloom.bench import traces
 from tokenloom.bench.prompts import Item
 from tokenloom.bench.stats import Objectives
@@ -15,6 +16,7 @@ from tokenloom.cli.errors import CliError
 LEVELS_MAX = 64
 RATE_MAX = 100_000.0
 SCALE_MAX = 1_000.0
+SPEED_MAX = 1e18
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,33 @@ def objectives(ttft_ms: float | None, itl_ms: float | None) -> Objectives:
         if value is not None:
             between(option, value, 0, 1e9)
     return Objectives(ttft_ms, itl_ms)
+
+
+def engine_extra(
+    *, shape: str | None, load_format: str, waves: tuple[int, int | None] | None,
+    decode_only: tuple[int, int, int] | None, speeds: tuple[float, float],
+) -> dict[str, object]:  # fmt: skip
+    """Options of the engine's bench for its process, by name. Raises CliError.
+
+    `waves` comes with `--requests`, `decode_only` with the tokens of prompt and answer; `speeds` are bytes
+    and operations per second.
+    """
+    if shape is not None and shape not in SHAPES:
+        raise CliError(f"--shape must be one of {', '.join(sorted(SHAPES))}, not {shape!r}", status=2)
+    if waves is not None and waves[1] is not None:
+        raise CliError("give --requests or --waves, not both", status=2)
+    for option, speed in zip(("--memory-bandwidth", "--flops"), speeds, strict=True):
+        between(option, speed, 0, SPEED_MAX)
+    if decode_only is not None:
+        context, prompt, output = decode_only
+        between("--decode-only", context, prompt, prompt + output)
+    return {
+        "load-format": load_format,
+        "waves": waves and waves[0],
+        "decode-only": decode_only and decode_only[0],
+        "memory-bandwidth": speeds[0] or None,
+        "flops": speeds[1] or None,
+    }
 
 
 def fit(rate_scale: float, length_scale: float, input_max: int | None, output_max: int | None) -> traces.Fit:

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tokenloom.bench.report import Prefix, Report
-from tokenloom.bench.stats import Level, Record, Spread
+from tokenloom.bench.stats import Level, Record
+from tokenloom.bench.words import load_of, ms
 from tokenloom.cli.bench_load import OnEnd
 
 REFRESH_S = 0.25
@@ -79,14 +80,9 @@ def one_line(level: Level) -> str:
     """A level, as it is shown when it has ended."""
     errors = f", {level.failed} failed" if level.failed else ""
     return (
-        f"{load_of(level)}: {level.output_throughput:,.1f} tokens/s, TTFT p50 {_ms(level.ttft_ms, 'p50')}, "
-        f"ITL p50 {_ms(level.itl_ms, 'p50')}, {level.completed} answers in {level.duration_s:.1f} s{errors}"
+        f"{load_of(level)}: {level.output_throughput:,.1f} tokens/s, TTFT p50 {ms(level.ttft_ms, 'p50')}, "
+        f"ITL p50 {ms(level.itl_ms, 'p50')}, {level.completed} answers in {level.duration_s:.1f} s{errors}"
     )
-
-
-def load_of(level: Level) -> str:
-    """`8` in flight, or `2.5/s`."""
-    return str(level.max_concurrency) if level.request_rate is None else f"{level.request_rate:.3g}/s"
 
 
 def table(report: Report) -> Table:
@@ -126,24 +122,6 @@ def prefix_lines(prefix: Prefix) -> list[str]:
     ]
 
 
-def steps_lines(levels: Sequence[Level]) -> list[str]:
-    """What the steps of an engine took, for each level."""
-    said = []
-    for level in levels:
-        if (steps := level.steps) is None:
-            continue
-        said.append(
-            f"{load_of(level)}: {steps.steps} steps of {steps.step_tokens_mean:.1f} tokens; step p50 "
-            f"{_ms(steps.step_ms, 'p50')}, p99 {_ms(steps.step_ms, 'p99')}; decode step p50 "
-            f"{_ms(steps.decode_step_ms, 'p50')}, p99 {_ms(steps.decode_step_ms, 'p99')}; prefill "
-            f"{steps.prefill_tokens_per_s:,.0f} tokens/s; {steps.preemptions} pre-emptions"
-        )
-        if steps.parts_ms:
-            parts = ", ".join(f"{name} {ms:.2f} ms" for name, ms in steps.parts_ms.items())
-            said.append(f"   a step: {parts}")
-    return said
-
-
 def engine_line(report: Report) -> str:
     """What an engine in process says of itself; empty for a mesh."""
     return ", ".join(f"{name} {value}" for name, value in report.engine.items())
@@ -177,14 +155,4 @@ def _columns(levels: Sequence[Level]) -> list[tuple[str, _Value]]:
 
 
 def _spread(field: str, point: str) -> _Value:
-    return lambda level: _ms(getattr(level, field), point)
-
-
-def _ms(spread: Spread | None, point: str) -> str:
-    """Milliseconds below a second, seconds from there on."""
-    if spread is None:
-        return "-"
-    value: float = getattr(spread, point)
-    if value >= 1000:
-        return f"{value / 1e3:.2f} s"
-    return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
+    return lambda level: ms(getattr(level, field), point)

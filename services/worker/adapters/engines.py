@@ -31,6 +31,7 @@ class TorchEngines:
                 kv_cache_bytes=s.kv_cache_bytes,
                 sequences_max=s.sequences_max,
                 step_tokens_max=s.step_tokens,
+                itl_max_ms=s.itl_max_ms,
                 block_tokens=s.block_tokens,
                 prefix_cache=s.prefix_cache,
                 pipeline_depth=s.pipeline_depth,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from services.worker.bench.options import parse
+from services.worker.bench.options import at_hand, parse
 from services.worker.engine.config import ConfigError
 from services.worker.engine.errors import EngineError
 from services.worker.engine.host import keep_freed_memory, prepare_environment
@@ -26,7 +26,8 @@ def main() -> int:
         keep_freed_memory()
         from services.worker.bench.measure import measure
 
-        measure(options, tell)
+        with at_hand(options) as ready:
+            measure(ready, tell)
     except EngineError as error:
         tell(lines.Failed(f"{error.reason}: {error.message}"))
     except (ConfigError, ValueError) as error:

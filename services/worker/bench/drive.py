@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
+from services.worker.bench.account import Account, Around
 from services.worker.protocol import Output, Sampling, Step, Submit
 from tokenloom.bench.prompts import Item
-from tokenloom.bench.stats import Record, Run, Spread, Steps
+from tokenloom.bench.stats import Record, Run, Steps
 
 STILL_STEPS_MAX = 1000
 """Steps in a row without an output and without computed tokens: the engine hangs."""
@@ -41,41 +41,6 @@ class EngineLike(Protocol):
     def step(self) -> Step: ...
 
 
-@dataclass(slots=True)
-class Account:
-    """What the steps of a level took."""
-
-    all_ms: list[float] = field(default_factory=list)
-    decode_ms: list[float] = field(default_factory=list)
-    tokens: int = 0
-    prefill_tokens: int = 0
-    prefill_s: float = 0.0
-    preemptions: int = 0
-    parts_ns: dict[str, int] = field(default_factory=dict)
-
-    def note(self, took_s: float, tokens: int, decodes: int) -> None:
-        """One step of `tokens` tokens; all but `decodes` of them belong to prompts."""
-        self.all_ms.append(took_s * 1e3)
-        self.tokens += tokens
-        if tokens > decodes:
-            self.prefill_tokens += tokens - decodes
-            self.prefill_s += took_s
-        else:
-            self.decode_ms.append(took_s * 1e3)
-
-    def steps(self) -> Steps:
-        count = len(self.all_ms)
-        return Steps(
-            steps=count,
-            step_ms=Spread.of(self.all_ms),
-            decode_step_ms=Spread.of(self.decode_ms),
-            step_tokens_mean=self.tokens / count if count else 0.0,
-            prefill_tokens_per_s=self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0,
-            preemptions=self.preemptions,
-            parts_ms={name: ns / 1e6 / max(1, count) for name, ns in self.parts_ns.items()},
-        )
-
-
 class Driver:
     """One level on one engine."""
 
@@ -87,25 +52,32 @@ class Driver:
         self._clock = clock
         self._live: dict[str, Record] = {}
         self._submitted = 0
+        self._context = 0
+        """Tokens of the sequences that have begun to answer, prompts included."""
 
     def run(
-        self, items: Sequence[Item], concurrency: int, seed: int, on_end: OnEnd = lambda *_: None
-    ) -> tuple[list[Record], Run, Steps]:
-        """All items, `concurrency` at once. Raises Stuck."""
+        self, items: Sequence[Item], concurrency: int, seed: int, on_end: OnEnd = lambda *_: None,
+        decode_context: int | None = None,
+    ) -> tuple[list[Record], Run, Steps]:  # fmt: skip
+        """All items, `concurrency` at once; steps at `decode_context` also by themselves. Raises Stuck."""
         commands = [self._command(item, self._make(item, seed)) for item in items]
         records = [Record(wanted_tokens=item.output_tokens) for item in items]
         rest = iter(zip(commands, records, strict=True))
-        account, ended, tokens, still = Account(), 0, 0, 0
-        parts = dict(self._engine.parts_ns)
+        full = min(concurrency, len(items))
+        account = Account(None if decode_context is None else Around(decode_context, full))
+        ended, tokens, still = 0, 0, 0
+        at_first = after = dict(self._engine.parts_ns)
         now_s = self._clock()
         while ended < len(items):
             while len(self._live) < concurrency and (pair := next(rest, None)) is not None:
                 ended += self._submit(*pair)
             # From the end of one step to the end of the next: with a thread that computes, both overlap.
             began_s, step, now_s = now_s, self._engine.step(), self._clock()
+            before, after = after, dict(self._engine.parts_ns)
+            context = self._context
             decodes, closed = self._take(step.outputs, now_s, account)
             if step.step_tokens:
-                account.note(now_s - began_s, step.step_tokens, decodes)
+                account.note(now_s - began_s, step.step_tokens, decodes, context, before, after)
             still = 0 if step.outputs or step.step_tokens else still + 1
             if still > STILL_STEPS_MAX:
                 raise Stuck(f"{STILL_STEPS_MAX} steps did nothing, and {len(self._live)} sequences wait")
@@ -114,7 +86,7 @@ class Driver:
                 tokens += sum(record.output_tokens for record in closed)
                 on_end(ended, tokens)
         self._drain()
-        account.parts_ns = {name: ns - parts[name] for name, ns in self._engine.parts_ns.items()}
+        account.parts_ns = {name: ns - at_first.get(name, 0) for name, ns in self._engine.parts_ns.items()}
         return records, Run(concurrency), account.steps()
 
     def _drain(self) -> None:
@@ -152,6 +124,9 @@ class Driver:
                 continue
             decodes += bool(record.pieces_s)
             if output.tokens:
+                self._context += (
+                    len(output.tokens) if record.pieces_s else record.prompt_tokens + len(output.tokens)
+                )
                 record.pieces_s.append(now_s)
                 record.output_tokens += len(output.tokens)
             record.cached_prompt_tokens = max(record.cached_prompt_tokens, output.cached_prompt_tokens)
@@ -159,5 +134,6 @@ class Driver:
                 record.ended_s = now_s
                 record.error = output.error.upper().replace(" ", "_") if output.finish == "error" else ""
                 account.preemptions += output.preemptions
+                self._context -= record.prompt_tokens + record.output_tokens if record.pieces_s else 0
                 closed.append(self._live.pop(output.id))
         return decodes, closed

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from services.worker.bench.__main__ import tell
-from services.worker.bench.options import Options, parse
+from services.worker.bench.options import Options, at_hand, parse
 from services.worker.engine.config import ConfigError
 from services.worker.engine.host import prepare_environment
 from tokenloom.bench import lines, workload
@@ -31,18 +31,28 @@ class Peer:
 
     def __init__(self, options: Options) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         from services.worker.bench.prompts import maker
+        from services.worker.engine import dummy
 
         folder = Path(options.config.model_dir)
         name = options.config.dtype if options.config.dtype in DTYPES else "auto"
-        dtype = "auto" if name == "auto" else getattr(torch, name)
         device = options.config.device
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        self.model: Any
+        if options.config.load_format == "dummy":
+            stored = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).dtype
+            dtype = stored or torch.float32 if name == "auto" else getattr(torch, name)
+            self.model = dummy.build(folder, dtype, torch.device(self.device))
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if name == "auto" else getattr(torch, name),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
         self.model = self.model.eval().to(self.device)
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         self._make = maker(options.prompts, folder, int(self.model.config.vocab_size), options.seed)
@@ -109,11 +119,13 @@ def measure(options: Options) -> None:
     work: dict[str, str | int | float] = {"prompt_tokens": lengths.prompt, "output_tokens": lengths.output}
     tell(lines.About(about, work, options.prompts))
     short = Lengths(lengths.prompt, WARM_UP_TOKENS)
-    for number, batch in enumerate(options.batches):
-        seed = options.seed + number * SEED_STEP
-        peer.run(workload.fixed("warm-up", min(4, batch), short), batch, seed)
-        records = peer.run(workload.fixed("request", options.count(batch), lengths), batch, seed)
-        tell(lines.Measured(level(records, Run(batch), options.objectives)))
+    for batch, numbers in options.levels():
+        count, seed = options.warm_up_count(batch, peer.device), options.seed
+        peer.run(workload.fixed("warm-up", count, short), batch, seed)
+        for number in numbers:
+            items = workload.fixed("request", options.count(batch), lengths)
+            records = peer.run(items, batch, seed + number * SEED_STEP)
+            tell(lines.Measured(level(records, Run(batch), options.objectives)))
 
 
 def main() -> int:
@@ -121,7 +133,8 @@ def main() -> int:
     try:
         options = parse()
         prepare_environment()
-        measure(options)
+        with at_hand(options) as ready:
+            measure(ready)
     except (ConfigError, ValueError, OSError) as error:
         tell(lines.Failed(str(error)))
     return 0

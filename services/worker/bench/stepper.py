@@ -1,8 +1,8 @@
 """An engine stepped as its own process steps it, in this process, with an account of where time goes.
 
 The account has the parts of a step: `prepare` (plan and layout), `compute` (the model and the draw; in its
-thread when the pipeline is 2 deep), `settle` and `tell`; `turn` is the whole of what the caller waits for
-but `tell`, so that what a thread hides is seen.
+thread when the pipeline is 2 deep; on a device `launch` and `wait` instead), `settle` and `tell`; `turn` is
+the whole of what the caller waits for but `tell`, so that what a thread hides is seen.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from services.worker.engine.engine import Engine, Flight, Landing
-from services.worker.engine.pipeline import Pipeline
+from services.worker.engine.pipeline import make_pipeline
+from services.worker.engine.runner import Pending
 from services.worker.engine.sampling import Drawn
 from services.worker.protocol import Output, Step, Submit
 
-PARTS = ("prepare", "compute", "settle", "tell", "turn")
+PARTS = ("prepare", "compute", "launch", "wait", "settle", "tell", "turn")
 
 T = TypeVar("T")
 
@@ -38,6 +39,16 @@ class Account:
     def compute(self, flight: Flight) -> Drawn | None:
         return self.timed("compute", lambda: self._engine.compute(flight))
 
+    @property
+    def ahead(self) -> bool:
+        return self._engine.ahead
+
+    def launch(self, flight: Flight) -> Pending | None:
+        return self.timed("launch", lambda: self._engine.launch(flight))
+
+    def wait(self, pending: Pending) -> Drawn:
+        return self.timed("wait", lambda: self._engine.wait(pending))
+
     def settle(self, drawn: Drawn | None) -> Landing:
         return self.timed("settle", lambda: self._engine.settle(drawn))
 
@@ -54,7 +65,7 @@ class Stepper:
     def __init__(self, engine: Engine, depth: int) -> None:
         self._engine = engine
         self._account = Account(engine)
-        self._pipeline = Pipeline(self._account) if depth > 1 else None
+        self._pipeline = make_pipeline(self._account) if depth > 1 else None
 
     @property
     def parts_ns(self) -> dict[str, int]:

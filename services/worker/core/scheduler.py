@@ -21,6 +21,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from services.worker.core.blocks import BlockPool, blocks_for
+from services.worker.core.chunking import Chunking
 from services.worker.core.plan import Advance, Chunk, Limits, Plan, Room, Verdict
 from services.worker.core.prefix import Content, root
 from services.worker.core.pressure import Pressure
@@ -43,8 +44,9 @@ class _Outstanding:
 class Scheduler:
     """All sequences of one engine. Not thread-safe."""
 
-    def __init__(self, limits: Limits, *, prefix_cache: bool = True) -> None:
+    def __init__(self, limits: Limits, *, prefix_cache: bool = True, itl_max_ns: int = 0) -> None:
         self.limits = limits
+        self._chunking = Chunking(limits.step_tokens_max, itl_max_ns)
         self._prefix_cache = prefix_cache
         self._pool = BlockPool(limits.total_blocks)
         self._pressure = Pressure(limits.step_tokens_max, limits.sequences_max)
@@ -90,7 +92,7 @@ class Scheduler:
         most = self._pressure.tokens
         chunks, short = self._decodes(most)
         decodes = len(chunks)
-        budget = most - decodes
+        budget = whole = self._chunking.budget(most - decodes, decodes)
         for sequence in self._running:
             if budget and sequence.pending > 1:
                 chunks.append(_book(sequence, budget))
@@ -98,7 +100,7 @@ class Scheduler:
         while budget and not short and (admitted := self._admit(now_ns)) is not None:
             chunks.append(_book(admitted, budget))
             budget -= chunks[-1].count
-        plan = Plan(chunks, decodes, most - budget)
+        plan = Plan(chunks, decodes, decodes + whole - budget)
         if plan:
             self._outstanding.append(_Outstanding(plan))
         return plan
@@ -133,6 +135,10 @@ class Scheduler:
         for blocks in leaving:
             self._pool.release(blocks)
         return advances
+
+    def took(self, plan: Plan, step_ns: int) -> None:
+        """How long a settled plan took, for the size of the next ones."""
+        self._chunking.note(plan.tokens - plan.decodes, plan.decodes, step_ns)
 
     def abandon(self, plan: Plan) -> None:
         """Takes back a plan that was not computed, and the one made after it.

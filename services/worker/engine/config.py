@@ -22,6 +22,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model_dir: str
     """A folder with config.json and *.safetensors (and model.safetensors.index.json when sharded)."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """`dummy`: random weights of the shape that config.json names, without any other file; vLLM's name."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: the first CUDA device if there is one, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -34,12 +36,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Sequences that may wait for a place; a further one is answered at once with finish `error`."""
     step_tokens_max: Positive = 512
     """Tokens that one step may compute: all decodes first, then chunks of prompts."""
+    itl_max_ms: NotNegative = 0
+    """Prompts are cut so that a step which also decodes takes about this long at most; 0: no bound."""
     block_tokens: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Tokens in one block of the KV cache."""
     prefix_cache: bool = True
     """Whether a prompt finds blocks of the KV cache that hold its beginning already."""
-    pipeline_depth: Annotated[int, Meta(ge=1, le=2)] = 1
-    """2: the next step is prepared while the present one is computed, by a thread of its own."""
+    pipeline_depth: Annotated[int, Meta(ge=0, le=2)] = 0
+    """2: the next step is prepared while the present one is computed. 0: 2 on a GPU, 1 on a CPU."""
     threads: NotNegative = 0
     """CPU threads for the kernels and torch; 0: as many as this process may use."""
 

@@ -24,8 +24,9 @@ from services.worker.engine.history import History
 from services.worker.engine.layout import Flat
 from services.worker.engine.loader import LoadedModel
 from services.worker.engine.rates import Rates
-from services.worker.engine.runner import Runner
-from services.worker.engine.sampling import Batch, Drawn, sample
+from services.worker.engine.runner import Pending, StepRunner
+from services.worker.engine.runners import make_runner
+from services.worker.engine.sampling import Drawn
 from services.worker.engine.shortage import free_caches, is_shortage
 from services.worker.protocol import Load, Output, Ready, Step, Submit
 from services.worker.stepping import load_of, output_of, refusal, sequence_of
@@ -44,6 +45,11 @@ class Flight:
     flat: Flat
     histories: list[History]
     began_ns: int
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether its draws depend on the tokens of the step before, beside being fed by them."""
+        return any(history.looks_back for history in self.histories)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +79,12 @@ class Engine:
             context_length=min(loaded.shape.context_length, loaded.blocks * config.block_tokens),
             waiting_max=config.waiting_max,
         )
-        self._runner = Runner(loaded, self.limits)
-        self._scheduler = Scheduler(self.limits, prefix_cache=config.prefix_cache)
+        self._runner: StepRunner = make_runner(loaded, self.limits)
+        self._scheduler = Scheduler(
+            self.limits, prefix_cache=config.prefix_cache, itl_max_ns=config.itl_max_ms * 1_000_000
+        )
         self._histories: dict[str, History] = {}
         self._flights: deque[Flight] = deque()
-        self._batch = Batch([], loaded.device)
         self._rates = Rates()
         self._ended_ns = 0
 
@@ -85,6 +92,11 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is no sequence here, and no step on its way."""
         return not len(self._scheduler) and not self._flights
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a step can be launched while the one before it computes."""
+        return self._runner.ahead
 
     @property
     def architecture(self) -> str:
@@ -146,24 +158,31 @@ class Engine:
         """The oldest step that is not settled."""
         return self._flights[0] if self._flights else None
 
-    @torch.inference_mode()
     def compute(self, flight: Flight) -> Drawn | None:
         """The tokens of the oldest step that is not settled; None when memory ran out.
 
         In any one thread. Meanwhile other threads may call everything but `settle`.
         """
+        pending = self.launch(flight)
+        return None if pending is None else self.wait(pending)
+
+    @torch.inference_mode()
+    def launch(self, flight: Flight) -> Pending | None:
+        """Starts a step, in the order in which they were begun; None when memory ran out.
+
+        With `ahead`, before the step before was waited for, if this one does not look back.
+        """
         try:
-            logits = self._runner.run(flight.flat)
-            if logits is None:
-                return Drawn([], [])
-            if not self._batch.is_for(flight.flat.sequences):
-                self._batch = Batch(flight.histories, self._loaded.device)
-            return sample(logits, self._batch)
+            return self._runner.launch(flight.flat, flight.histories)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
             print(f"a step of {flight.plan.tokens} tokens ran out of memory: {error}", file=sys.stderr)
             return None
+
+    def wait(self, pending: Pending) -> Drawn:
+        """The tokens of a step that was launched, once they are there."""
+        return pending.wait()
 
     def settle(self, drawn: Drawn | None) -> Landing:
         """Books what `compute` gave for the oldest step."""
@@ -177,6 +196,7 @@ class Engine:
                 del self._histories[advance.sequence.id]
         step_ns = ended_ns - max(flight.began_ns, self._ended_ns)
         self._ended_ns = ended_ns
+        self._scheduler.took(flight.plan, step_ns)
         self._rates.note(flight.plan.tokens - flight.plan.decodes, flight.plan.decodes, step_ns)
         return Landing(advances, drawn, [], ended_ns, step_ns, flight.plan.tokens)
 
@@ -190,7 +210,7 @@ class Engine:
         """Memory ran out: nothing of the steps on their way is booked."""
         plan = self._flights[0].plan
         self._flights.clear()
-        self._batch = Batch([], self._loaded.device)
+        self._runner.forget()
         free_caches(self._loaded.device)
         lost = self._scheduler.out_of_memory(plan)
         outputs = []
@@ -202,6 +222,10 @@ class Engine:
     def load(self) -> Load:
         """What the engine can take."""
         return load_of(self._scheduler.room(), self._rates)
+
+    def warm_up(self) -> None:
+        """After the first steps, and before anybody else's."""
+        self._runner.warm_up()
 
     def forget_rates(self) -> None:
         """Measured speeds begin anew."""

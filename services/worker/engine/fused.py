@@ -41,7 +41,19 @@ def fuse(model: nn.Module, products: Products) -> int:
             if type(child).__name__ in WINDOWS and (layer := _fused(child, products)) is not None:
                 setattr(parent, name, layer)
                 replaced += 1
+    if replaced and products.on_triton:
+        _finish(model)
     return replaced
+
+
+def _finish(model: nn.Module) -> None:
+    """The norm behind the plain layers, in one kernel too."""
+    from services.worker.engine.cuda.operations import OuterNorm
+
+    for parent in list(model.modules()):
+        layers, norm = getattr(parent, "layers", None), getattr(parent, "norm", None)
+        if isinstance(layers, nn.ModuleList) and norm is not None and hasattr(norm, "variance_epsilon"):
+            parent.norm = OuterNorm(norm)
 
 
 def stack(model: nn.Module, kernels: Kernels) -> int:
@@ -95,6 +107,10 @@ def _operations(layer: Any, products: Products) -> Operations:
     gate = GATES.get(layer.self_attn.config.hidden_act)
     if products.kernels is not None and gate is not None:
         return KernelOperations(products.kernels, gate)
+    if products.on_triton and gate is not None:
+        from services.worker.engine.cuda.operations import CudaOperations
+
+        return CudaOperations(gate)
     return TorchOperations(layer.mlp.act_fn)
 
 

@@ -71,6 +71,11 @@ class History:
         return cls(sequence, sampling, seen)
 
     @property
+    def looks_back(self) -> bool:
+        """Whether the next draw depends on what was drawn before."""
+        return self.seen is not None or bool(self.sequence.min_new_tokens and self.sequence.stop_token_ids)
+
+    @property
     def stops_forbidden(self) -> bool:
         """Whether the next token may not be a stop token yet."""
         return self.sequence.output_tokens < self.sequence.min_new_tokens

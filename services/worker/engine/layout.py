@@ -94,6 +94,13 @@ class Flat:
     """The sequences whose next token is drawn."""
     unknown: list[tuple[int, Chunk]] = field(default_factory=list)
     """Rows whose token the step before draws, and their chunks."""
+    decodes: int = 0
+    """The first rows are decodes, so many."""
+
+    @property
+    def drawn_positions(self) -> Ints:
+        """Where the drawn tokens will stand in their sequences, in the order of `sequences`."""
+        return self.positions[self.drawing] + 1
 
     def fill(self) -> None:
         """Puts in the tokens that were not known yet; what ended meanwhile computes something of no use."""
@@ -136,6 +143,7 @@ def flatten(plan: Plan, tables: BlockTables, block_tokens: int) -> Flat:
         drawing=place[drawing],
         sequences=[plan.chunks[number].sequence for number in drawing],
         unknown=[(row, chunk) for row, chunk in enumerate(chunks[: plan.decodes]) if chunk.feeds_from >= 0],
+        decodes=len(decodes),
     )
 
 

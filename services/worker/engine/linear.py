@@ -81,9 +81,12 @@ class Part(nn.Module):
 class Products:
     """Makes the products of a model's linear layers, all in the form that suits its device."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, kernels: Kernels | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, kernels: Kernels | None = None, *, on_triton: bool = False
+    ) -> None:
         """`dtype` is that of the activations; weights in bfloat16 may be multiplied in float32."""
         self.kernels = kernels
+        self.on_triton = on_triton
         self._dtype = dtype
         first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
         self._pack = None if first is None else _pack_for(first.weight.device, dtype, kernels)
@@ -107,7 +110,8 @@ class Products:
 
     def _make(self, weight: Tensor, bias: Tensor | None) -> Product:
         given = None if bias is None else bias.detach().to(self._dtype)
-        return (self._pack or _plain)(weight.detach(), given)
+        plain = _plain if weight.device.type == "cpu" else _on_device
+        return (self._pack or plain)(weight.detach(), given)
 
 
 def arrange(model: nn.Module, products: Products) -> None:
@@ -128,6 +132,19 @@ def _join(parent: nn.Module, names: tuple[str, ...], products: Products) -> None
     together = _Together(Packed(product), [layer.out_features for layer in layers])
     for number, name in enumerate(names):
         setattr(parent, name, Part(together, number))
+
+
+def _on_device(weight: Tensor, bias: Tensor | None) -> Product:
+    """What is added to goes into the product itself, which spares a pass over it."""
+    columns = weight.t()
+
+    def product(x: Tensor, onto: Tensor | None = None, /) -> Tensor:
+        if onto is not None and bias is None:
+            return onto.addmm_(x, columns)
+        out = functional.linear(x, weight, bias)
+        return out if onto is None else onto.add_(out)
+
+    return product
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Product:

@@ -1,11 +1,13 @@
 """From a folder of safetensors to a model on its device, or to a reason why not.
 
 Nothing but local files is read, no code comes from the folder, and no weight may be missing:
-transformers would fill it with random numbers and go on.
+transformers would fill it with random numbers and go on. Random weights there are only when they are
+asked for (dummy.py).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from services.worker.engine import attention
+from services.worker.engine import attention, dummy
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.cpu.cache import suits
 from services.worker.engine.cpu.kernels import Kernels, available
@@ -28,6 +31,8 @@ from services.worker.engine.memory import Shape, cache_blocks, host_available_by
 from services.worker.engine.support import Unsupported, check_support
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CAPABILITY_MIN = (8, 0)
+"""CUDA compute capability: matrix units for bfloat16."""
 FAST_BF16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "arm_bf16", "sve_bf16")
 """CPU features with which products in bfloat16 are faster than in float32."""
 
@@ -43,6 +48,8 @@ class LoadedModel:
     blocks: int
     kernels: Kernels | None = None
     """Those that the model's layers were arranged for."""
+    on_triton: bool = False
+    """Whether they were arranged for the kernels of a CUDA device."""
 
     def with_blocks(self, blocks: int) -> LoadedModel:
         """The same model with a KV cache of this size."""
@@ -59,7 +66,8 @@ def load(config: EngineConfig, progress: Callable[[str, float], None]) -> Loaded
         raise unsupported(error.architecture, error.cause) from error
     device = _device(config.device)
     dtype = _dtype(config.dtype, raw, device)
-    shape = _shape(folder, dtype, device)
+    random = config.load_format == "dummy"
+    shape = _shape(folder, random, dtype, device)
     kernels = _kernels(shape, dtype, device)
     held = _held_dtype(raw, dtype, kernels)
     shape = replace(shape, weight_bytes=shape.weight_bytes // dtype.itemsize * held.itemsize)
@@ -73,16 +81,17 @@ def load(config: EngineConfig, progress: Callable[[str, float], None]) -> Loaded
         on_device=device.type != "cpu",
     )
     progress("weights", 0.1)
-    model = _model(folder, held, device)
+    model = _random(folder, held, device) if random else _stored(folder, held, device)
     progress("layout", 0.7)
-    products = Products(model, dtype, kernels)
+    on_triton = _on_triton(device)
+    products = Products(model, dtype, kernels, on_triton=on_triton)
     fuse(model, products)
     arrange(model, products)
     if held is not dtype:
         _widen(model, dtype)
     if kernels is not None:
         stack(model, kernels)
-    return LoadedModel(model, device, dtype, shape, blocks, kernels)
+    return LoadedModel(model, device, dtype, shape, blocks, kernels, on_triton)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -136,6 +145,13 @@ def _kernels(shape: Shape, dtype: torch.dtype, device: torch.device) -> Kernels 
     return kernels
 
 
+def _on_triton(device: torch.device) -> bool:
+    """Whether this device runs our Triton kernels; otherwise torch's operators do their work."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= CAPABILITY_MIN
+
+
 def _held_dtype(raw: dict[str, Any], dtype: torch.dtype, kernels: Kernels | None) -> torch.dtype:
     """In which dtype the weights are held.
 
@@ -173,10 +189,13 @@ def _available_bytes(device: torch.device) -> int:
     return host_available_bytes()
 
 
-def _shape(folder: Path, dtype: torch.dtype, device: torch.device) -> Shape:
+def _shape(folder: Path, random: bool, dtype: torch.dtype, device: torch.device) -> Shape:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        elements = sum(_elements(path) for path in sorted(folder.glob("*.safetensors")))
+        files = sorted(folder.glob("*.safetensors"))
+        elements = dummy.elements(folder) if random else sum(_elements(path) for path in files)
+    except StrictDataclassError as error:
+        raise load_failed(f"config.json: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise load_failed(str(error)) from error
     if not elements:
@@ -208,7 +227,7 @@ def _product(sizes: list[int]) -> int:
     return total
 
 
-def _model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _stored(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     attention.register()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -235,4 +254,18 @@ def _model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrained
     try:
         return model.eval().requires_grad_(False).to(device)
     except torch.OutOfMemoryError as error:
-        raise EngineError("MODEL_TOO_LARGE", f"the weights do not fit on {device}: {error}") from error
+        raise _no_room(device, error) from error
+
+
+def _random(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    attention.register()
+    try:
+        return dummy.build(folder, dtype, device, attention.IMPLEMENTATION).eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise _no_room(device, error) from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise load_failed(str(error)) from error
+
+
+def _no_room(device: torch.device, error: torch.OutOfMemoryError) -> EngineError:
+    return EngineError("MODEL_TOO_LARGE", f"the weights do not fit on {device}: {error}")

@@ -1,9 +1,8 @@
 """The engine's process: commands from a socket, one `Step` back for each step.
 
 Commands are taken between steps and never waited for while there is work. With a `pipeline_depth` of 2
-a thread of its own computes; meanwhile this one takes commands, prepares the next step, and tells of the
-one before. The process ends when the socket does, so no engine outlives its front, and when the engine
-cannot start, after saying why.
+the next step is prepared and the one before is told while a step computes (pipeline.py). The process ends
+when the socket does, so no engine outlives its front, and when the engine cannot start, after saying why.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from services.worker.engine.config import EngineConfig
 from services.worker.engine.engine import Engine
 from services.worker.engine.errors import EngineError, load_failed
 from services.worker.engine.loader import LoadedModel, load
-from services.worker.engine.pipeline import Pipeline
+from services.worker.engine.pipeline import depth_of, make_pipeline
+from services.worker.engine.room import fitted
 from services.worker.engine.warmup import warm_up
 from services.worker.link import GONE, FrontLink
 from services.worker.protocol import Failed, Output, Progress, Step
@@ -34,7 +34,7 @@ class EngineLoop:
         """Whether the engine came as far as being ready."""
         try:
             engine = self._start()
-            if self._config.pipeline_depth > 1:
+            if depth_of(self._config, engine.ahead) > 1:
                 self._run_ahead(engine)
             while True:
                 self._turn(engine)
@@ -46,7 +46,7 @@ class EngineLoop:
 
     def _run_ahead(self, engine: Engine) -> None:
         """Until the front is gone: raises one of GONE."""
-        with closing(Pipeline(engine)) as pipeline:
+        with closing(make_pipeline(engine)) as pipeline:
             while True:
                 refused = self._link.apply(engine.submit, engine.cancel)
                 landing = pipeline.turn()
@@ -60,7 +60,7 @@ class EngineLoop:
 
     def _start(self) -> Engine:
         self._link.send(Progress("start", 0.0))
-        loaded = self._load()
+        loaded = fitted(self._load(), self._config)
         engine = Engine(loaded, self._config, time.monotonic_ns)
         self._link.send(Progress("warm-up", 0.9))
         warm_up(engine)

@@ -16,7 +16,9 @@ CPU_SHARE = 0.25
 """Of the host memory left beside the weights, unless `kv_cache_bytes` says otherwise."""
 CPU_CACHE_BYTES_MAX = 4 << 30
 DEVICE_SHARE = 0.85
-"""Of a GPU's memory left beside the weights."""
+"""Of a GPU's memory left beside the weights, until a step was measured."""
+HEAD_ROOM_SHARE = 0.05
+"""Of a GPU's whole memory: CUDA graphs, fragments, and what libraries take as they go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,20 @@ def cache_blocks(
     if wanted_bytes and wanted_bytes < block_bytes:
         raise too_large("one block of the KV cache", block_bytes, wanted_bytes)
     return max(1, min(whole, (wanted_bytes or share_bytes) // block_bytes))
+
+
+def device_blocks(
+    shape: Shape, *, free_bytes: int, total_bytes: int, step_bytes: int, sequences_max: int, block_tokens: int
+) -> int:
+    """Blocks of a device's KV cache, its weights being there. Raises EngineError MODEL_TOO_LARGE."""
+    block_bytes = shape.kv_token_bytes * block_tokens
+    head_room_bytes = int(total_bytes * HEAD_ROOM_SHARE)
+    left_bytes = free_bytes - step_bytes - head_room_bytes
+    if left_bytes < block_bytes:
+        what = f"a step's activations ({step_bytes:,}), head-room ({head_room_bytes:,}) and KV cache"
+        raise too_large(what, step_bytes + head_room_bytes + block_bytes, free_bytes)
+    whole = sequences_max * blocks_for(shape.context_length, block_tokens)
+    return min(whole, left_bytes // block_bytes)
 
 
 def _meminfo_available() -> int:

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as functional
+from numpy.typing import NDArray
 from torch import Tensor
 
 from services.worker.core.sequence import Sequence
 from services.worker.engine.history import History, apply_history
 from services.worker.engine.randomness import uniforms
 from services.worker.protocol import Sampling, TokenLogprobs
+
+Ints = NDArray[np.int64]
 
 CANDIDATES = 1024
 """top-p looks at so many most likely tokens first; only a flatter row is sorted whole."""
@@ -39,6 +42,49 @@ class Drawn:
     logprobs: list[TokenLogprobs | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log probabilities of the rows that want them, still on the device."""
+
+    rows: list[int]
+    own: Tensor
+    """[rows], of the token that was drawn."""
+    top: Tensor
+    """[rows, top], the largest."""
+    ids: Tensor
+    """[rows, top], their tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was drawn, still on the device."""
+
+    tokens: Tensor
+    """[rows], int64."""
+    histories: list[History]
+    logprobs: Logprobs | None
+
+    def drawn(self, tokens: list[int] | None = None) -> Drawn:
+        """Waits for the device, unless the tokens are here already, and notes them in the histories."""
+        known: list[int] = self.tokens.tolist() if tokens is None else tokens
+        logprobs = self._told()
+        # Last: whatever runs out of memory before leaves the histories as they were.
+        for history, token in zip(self.histories, known, strict=True):
+            if history.seen is not None:
+                history.seen.draw(token)
+        return Drawn(known, logprobs)
+
+    def _told(self) -> list[TokenLogprobs | None]:
+        found: list[TokenLogprobs | None] = [None] * len(self.histories)
+        if self.logprobs is not None:
+            own = self.logprobs.own.tolist()
+            top, ids = self.logprobs.top.tolist(), self.logprobs.ids.tolist()
+            for place, row in enumerate(self.logprobs.rows):
+                count = self.histories[row].sampling.logprobs
+                found[row] = TokenLogprobs(own[place], ids[place][:count], top[place][:count])
+        return found
+
+
 class Batch:
     """Sampling parameters of the sequences that a step draws for, as tensors.
 
@@ -52,14 +98,17 @@ class Batch:
         drawn = [number for number, p in enumerate(parameters) if p.temperature > 0]
         chosen = [parameters[number] for number in drawn]
         self.drawn = torch.tensor(drawn, dtype=torch.int64, device=device)
+        self.drawn_rows = np.array(drawn, dtype=np.int64)
         self.all_drawn = len(drawn) == len(parameters)
-        self.sequences = [histories[number].sequence for number in drawn]
+        self.greedy = not drawn
         self.seeds = np.array([p.seed for p in chosen], dtype=np.uint64)
         self.temperature = self._column([p.temperature for p in chosen])
         self.cut = Cut.of(chosen, self._column)
         self.wanting = [number for number, p in enumerate(parameters) if p.logprobs >= 0]
         self.top = max((parameters[number].logprobs for number in self.wanting), default=0)
-        self.plain = not any(h.seen or h.sampling.logit_bias or h.sequence.min_new_tokens for h in histories)
+        self.plain = not any(h.sampling.logit_bias or h.looks_back for h in histories)
+        self.simple = self.plain and self.greedy and not self.wanting
+        """Whether each token is just the one of the largest logit."""
 
     def is_for(self, sequences: Seq[Sequence]) -> bool:
         """Whether these are the same sequences in the same order."""
@@ -98,35 +147,39 @@ class Cut:
 
 def sample(logits: Tensor, batch: Batch) -> Drawn:
     """[rows, vocabulary] logits of the last tokens, in the order of the batch; they may be overwritten."""
+    positions = np.array([len(history.sequence.tokens) for history in batch.histories], dtype=np.int64)
+    return choose(logits, batch, positions).drawn()
+
+
+def choose(logits: Tensor, batch: Batch, positions: Ints) -> Choice:
+    """As `sample`, without waiting for the device. `positions`: where each token will stand.
+
+    Histories that look back must know all tokens before.
+    """
+    if batch.simple:
+        return Choice(_largest(logits), batch.histories, None)
     logits = logits.float()
     raw = logits[batch.wanting].clone() if batch.wanting else None
     if not batch.plain:
         apply_history(logits, batch.histories)
-    if not batch.sequences:
+    if batch.greedy:
         chosen = _largest(logits)
     elif batch.all_drawn:
-        chosen = _draw(logits, batch)
+        chosen = _draw(logits, batch, positions)
     else:
         chosen = _largest(logits)
-        chosen[batch.drawn] = _draw(logits[batch.drawn], batch)
-    tokens: list[int] = chosen.tolist()
-    logprobs = _logprobs(raw, chosen, batch)
-    # Last: whatever runs out of memory before leaves the histories as they were.
-    for history, token in zip(batch.histories, tokens, strict=True):
-        if history.seen is not None:
-            history.seen.draw(token)
-    return Drawn(tokens, logprobs)
+        chosen[batch.drawn] = _draw(logits[batch.drawn], batch, positions[batch.drawn_rows])
+    return Choice(chosen, batch.histories, None if raw is None else _logprobs(raw, chosen, batch))
 
 
 def _largest(logits: Tensor) -> Tensor:
     """The first largest of each row. On the CPU numpy takes a tenth of the time that torch does."""
     if logits.device.type == "cpu":
-        return torch.from_numpy(np.argmax(logits.numpy(), axis=-1))
+        return torch.from_numpy(np.argmax(logits.float().numpy(), axis=-1))
     return logits.argmax(-1)
 
 
-def _draw(logits: Tensor, batch: Batch) -> Tensor:
-    positions = np.array([len(sequence.tokens) for sequence in batch.sequences], dtype=np.int64)
+def _draw(logits: Tensor, batch: Batch, positions: Ints) -> Tensor:
     points = torch.from_numpy(uniforms(batch.seeds, positions)).to(logits.device)
     scaled = (logits - logits.amax(-1, keepdim=True)) / batch.temperature
     weights = scaled.exp()
@@ -179,16 +232,9 @@ def invert(weights: Tensor, points: Tensor) -> Tensor:
     return (piece * SEGMENT + place).squeeze(1).clamp(max=size - 1)
 
 
-def _logprobs(raw: Tensor | None, chosen: Tensor, batch: Batch) -> list[TokenLogprobs | None]:
-    """Log probabilities of the raw logits, for the rows that want them."""
-    found: list[TokenLogprobs | None] = [None] * len(batch.histories)
-    if raw is None:
-        return found
+def _logprobs(raw: Tensor, chosen: Tensor, batch: Batch) -> Logprobs:
+    """Of the raw logits, for the rows that want them."""
     total = raw.logsumexp(-1, keepdim=True)
-    own = (raw.gather(1, chosen[batch.wanting].unsqueeze(1)) - total).squeeze(1).tolist()
+    own = (raw.gather(1, chosen[batch.wanting].unsqueeze(1)) - total).squeeze(1)
     top = raw.topk(batch.top)
-    values, ids = (top.values - total).tolist(), top.indices.tolist()
-    for place, row in enumerate(batch.wanting):
-        count = batch.histories[row].sampling.logprobs
-        found[row] = TokenLogprobs(own[place], ids[place][:count], values[place][:count])
-    return found
+    return Logprobs(batch.wanting, own, top.values - total, top.indices)

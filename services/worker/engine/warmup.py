@@ -23,6 +23,7 @@ def warm_up(engine: Engine) -> None:
     try:
         for _ in range(STEPS):
             _step(engine)
+        engine.warm_up()
     except UnknownArgument as error:
         raise unsupported(engine.architecture, str(error)) from error
     except RuntimeError as error:
@@ -30,6 +31,24 @@ def warm_up(engine: Engine) -> None:
     for name in names:
         engine.cancel(name)
     engine.forget_rates()
+
+
+def largest_step(engine: Engine) -> None:
+    """As many tokens as a step may have, of as many sequences as there may be, sampled at full length.
+
+    Raises EngineError MODEL_TOO_LARGE. Nothing of it is left behind.
+    """
+    limits = engine.limits
+    sequences = min(limits.sequences_max, limits.step_tokens_max)
+    length = max(1, min(limits.step_tokens_max // sequences, limits.context_length - STEPS))
+    names = [f"largest-{number}" for number in range(sequences)]
+    for number, name in enumerate(names):
+        sampling = Sampling(temperature=1.0, top_p=0.9, seed=number, logprobs=1)
+        engine.submit(Submit(name, [number % 2] * length, [], STEPS, 0, [], sampling))
+    for _ in range(2):
+        _step(engine)
+    for name in names:
+        engine.cancel(name)
 
 
 def _step(engine: Engine) -> None:

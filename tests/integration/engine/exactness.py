@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.engine import Engine
 from services.worker.engine.loader import load
+from services.worker.engine.pipeline import Launches
 from services.worker.protocol import Output, Sampling, Submit
 
 TIE = 1e-4
@@ -60,7 +62,9 @@ def open_engine(folder: Path, **settings: object) -> Engine:
     loaded = load(config, lambda stage, fraction: None)
     if blocks is not None:
         loaded = loaded.with_blocks(int(str(blocks)))
-    return Engine(loaded, config, time.monotonic_ns)
+    engine = Engine(loaded, config, time.monotonic_ns)
+    engine.warm_up()
+    return engine
 
 
 def greedy(name: str, prompt: list[int], count: int, output: list[int] | None = None) -> Submit:
@@ -77,6 +81,7 @@ def run(engine: Engine, submits: list[Submit], *, per_step: int = 1000, leavers:
     noise = [greedy(f"leaver-{n}", submits[n % len(submits)].prompt, 64) for n in range(leavers)]
     run = Run({submit.id: [] for submit in submits}, {}, 0)
     leaving: dict[str, int] = {}
+    step = ahead(engine) if engine.ahead else lambda: engine.step().outputs
     while waiting or noise or not engine.idle:
         joining, waiting = waiting[:per_step], waiting[per_step:]
         if noise and run.steps % 2 == 0:
@@ -86,13 +91,24 @@ def run(engine: Engine, submits: list[Submit], *, per_step: int = 1000, leavers:
             assert engine.submit(submit) is None
         for name in [name for name, step in leaving.items() if step == run.steps]:
             engine.cancel(name)
-        for output in engine.step().outputs:
+        for output in step():
             if output.id in run.tokens:
                 run.tokens[output.id] += output.tokens
                 if output.finish:
                     run.final[output.id] = output
         run.steps += 1
     return run
+
+
+def ahead(engine: Engine) -> Callable[[], list[Output]]:
+    """Steps of a device that computes one while the next is launched."""
+    pipeline = Launches(engine)
+
+    def step() -> list[Output]:
+        landing = pipeline.turn()
+        return [] if landing is None else engine.tell(landing).outputs
+
+    return step
 
 
 def reference(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:

@@ -110,17 +110,18 @@ class Short:
         self._runner = engine._runner
         self._error, self._tokens, self._every = error, tokens, every
         self.failures = self._calls = 0
+        self.ahead, self.forget = self._runner.ahead, self._runner.forget
         engine._runner = self  # type: ignore[assignment]
 
     def prepare(self, plan):
         return self._runner.prepare(plan)
 
-    def run(self, flat):
+    def launch(self, flat, histories):
         self._calls += 1
         if len(flat.ids) > self._tokens and self._calls % self._every == 0:
             self.failures += 1
             raise self._error
-        return self._runner.run(flat)
+        return self._runner.launch(flat, histories)
 
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory")

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from tokenloom.bench import report as reports
+from tokenloom.bench import words
 from tokenloom.bench.stats import Objectives, Record, Run, Spread, Steps, level
 from tokenloom.cli import bench_facts, bench_plot, bench_view
 from tokenloom.cli.errors import CliError
@@ -67,9 +68,9 @@ def test_what_went_wrong_is_said():
 
 def test_an_engines_steps_and_their_parts_are_said():
     steps = Steps(steps=3, step_ms=Spread(1, 1, 1, 2, 2), parts_ms={"attention": 0.5})
-    said = "\n".join(bench_view.steps_lines([made(1, steps=steps), made(2)]))
+    said = "\n".join(words.steps_lines([made(1, steps=steps), made(2)]))
     assert "1: 3 steps" in said
-    assert "attention 0.50 ms" in said
+    assert "attention 0.500 ms" in said
     assert "2:" not in said
 
 

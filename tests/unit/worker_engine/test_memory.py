@@ -3,7 +3,13 @@
 import pytest
 
 from services.worker.engine.errors import EngineError
-from services.worker.engine.memory import CPU_CACHE_BYTES_MAX, Shape, cache_blocks, host_available_bytes
+from services.worker.engine.memory import (
+    CPU_CACHE_BYTES_MAX,
+    Shape,
+    cache_blocks,
+    device_blocks,
+    host_available_bytes,
+)
 
 GIB = 1 << 30
 
@@ -65,3 +71,19 @@ def test_a_wish_smaller_than_a_block_is_refused():
 
 def test_this_machine_has_memory():
     assert host_available_bytes() > 0
+
+
+LLAMA = Shape(16 << 30, 32, 8, 128, 2, 8192, 128256)
+H100 = {"total_bytes": 80 << 30, "step_bytes": 2 << 30, "sequences_max": 256, "block_tokens": 16}
+
+
+def test_a_devices_cache_is_what_weights_step_and_head_room_leave():
+    taken = device_blocks(LLAMA, free_bytes=62 << 30, **H100) * 16 * LLAMA.kv_token_bytes
+    assert 0 <= (62 << 30) - (2 << 30) - int(0.05 * (80 << 30)) - taken < 16 * LLAMA.kv_token_bytes
+    assert device_blocks(LLAMA, free_bytes=62 << 30, **H100 | {"sequences_max": 2}) == 2 * 512
+
+
+def test_a_device_without_room_for_a_block_is_refused_with_the_numbers():
+    with pytest.raises(EngineError, match="2,147,483,648") as caught:
+        device_blocks(LLAMA, free_bytes=6 << 30, **H100)
+    assert caught.value.reason == "MODEL_TOO_LARGE"
