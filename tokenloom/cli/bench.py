@@ -191,6 +191,10 @@ def engine(
         typer.Option(min=1, max=CONCURRENCY_MAX, help="Default: the largest batch."),
     ] = None,
     step_tokens_max: Annotated[int, typer.Option(min=1, max=65536, help="Tokens of one step.")] = 512,
+    itl_max_ms: Annotated[
+        int | None,
+        typer.Option(min=0, max=60_000, help="Cut prompts so that steps with decodes stay below it; 0: no."),
+    ] = None,
     pipeline_depth: Annotated[
         int | None, typer.Option(min=1, max=2, help="2: the next step is prepared meanwhile.")
     ] = None,
@@ -256,6 +260,7 @@ def engine(
         seed=_fresh_seed() if seed is None else seed,
         objectives=bench_options.objectives(slo_ttft_ms, slo_itl_ms),
         pipeline_depth=pipeline_depth,
+        itl_max_ms=itl_max_ms,
         trace=trace,
         fit=fit,
         shape=shape,

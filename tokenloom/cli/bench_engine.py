@@ -57,6 +57,7 @@ class EngineLoad:
     seed: int
     objectives: Objectives
     pipeline_depth: int | None = None
+    itl_max_ms: int | None = None
     """None: as the engine has it."""
     trace: Path | None = None
     fit: Fit = field(default_factory=Fit)
@@ -77,6 +78,7 @@ class EngineLoad:
             "sequences-max": self.sequences_max,
             "step-tokens-max": self.step_tokens_max,
             "pipeline-depth": self.pipeline_depth,
+            "itl-max-ms": self.itl_max_ms,
             "batch": ",".join(map(str, self.batches)),
             "prompts": self.prompts,
             "requests": self.requests,

@@ -17,7 +17,7 @@ from services.worker.bench.profile import Recorder
 from services.worker.bench.prompts import Maker, maker
 from services.worker.bench.stepper import Stepper
 from services.worker.engine.engine import Engine
-from services.worker.engine.host import use_threads
+from services.worker.engine.host import spare_collections, use_threads
 from services.worker.engine.loader import LoadedModel, load
 from services.worker.engine.pipeline import depth_of
 from services.worker.engine.room import fitted
@@ -44,6 +44,7 @@ def measure(options: Options, tell: Tell) -> None:
     engine = Engine(loaded, options.config, time.monotonic_ns)
     tell(lines.Note("warming up"))
     warm_up(engine)
+    spare_collections()
     ready = engine.ready()
     make = maker(options.prompts, Path(options.config.model_dir), ready.vocab_size, options.seed)
     about: dict[str, str | int | float] = {

@@ -93,6 +93,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--kv-cache-bytes", type=int, default=0)
     parser.add_argument("--sequences-max", type=int, default=DEFAULTS.sequences_max)
     parser.add_argument("--step-tokens-max", type=int, default=DEFAULTS.step_tokens_max)
+    parser.add_argument("--itl-max-ms", type=int, default=DEFAULTS.itl_max_ms)
     parser.add_argument("--pipeline-depth", type=int, default=DEFAULTS.pipeline_depth)
     parser.add_argument("--batch", type=_batches, default=(1,), help="sequences in flight: 1,8,32,64")
     parser.add_argument("--prompts", default="ids", choices=["ids", "text", "chat"])
@@ -164,6 +165,7 @@ def _config(given: argparse.Namespace) -> EngineConfig:
         kv_cache_bytes=given.kv_cache_bytes,
         sequences_max=given.sequences_max,
         step_tokens_max=given.step_tokens_max,
+        itl_max_ms=given.itl_max_ms,
         pipeline_depth=given.pipeline_depth,
     )
     # The bounds stand in the type and are checked when it is read.

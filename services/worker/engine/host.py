@@ -6,6 +6,7 @@ Libraries read the environment when they are loaded, so torch is not imported he
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 
 ENVIRONMENT = {
@@ -20,6 +21,8 @@ ENVIRONMENT = {
 }
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+COLLECT_AFTER = 50_000
+"""Objects made and not yet gone, until the youngest are looked at."""
 KEPT_BYTES = 1 << 30
 """Freed memory below this stays in the process: a step frees and takes the same activations again."""
 
@@ -36,6 +39,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def spare_collections() -> None:
+    """Once everything is loaded: what lives for good is left out of collections, and those are rarer.
+
+    A step of hundreds of sequences makes thousands of small objects, which end by themselves.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
 
 
 def schedule_as_usual() -> None:

