@@ -1,8 +1,9 @@
 """Keeps a set of processes alive: starts them, waits for readiness, restarts what dies, stops them all.
 
 It knows nothing of models or Envoy. What happens is told to `report`; nothing is printed here.
-Bounds: a first start may die `EARLY_DEATHS_MAX` times and take `READY_MAX_S`; later a child that dies
-is started again for ever, on its own ports, with a bounded delay between.
+Bounds: a first start may die `EARLY_DEATHS_MAX` times and take `READY_MAX_S`, unless the child says before
+that it has given up; later a child that dies is started again for ever, on its own ports, with a bounded
+delay between.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ STOP_GRACE_S = 8.0
 ROLL_INTERVAL_S = 10.0
 EXIT_SETTINGS = 78
 """A service that refuses its settings exits so: starting again will not help."""
+FAILED = "failed: "
+"""So begins what a child says that is not ready and has given up."""
 LOG_TAIL_LINES = 3
 TAIL_BYTES_MAX = 256 * 1024
 
@@ -169,6 +172,10 @@ class Supervisor:
             if what != said:
                 said = what
                 self._tell("waiting", child, what)
+            if not child.first_ready.done() and what.startswith(FAILED):
+                self._fail(
+                    child, f"{child.spec.name} gave up: {what.removeprefix(FAILED)}; its log is {child.log}"
+                )
             if not child.first_ready.done() and loop.time() - child.born_s > READY_MAX_S:
                 self._fail(child, f"{child.spec.name} was not ready after {READY_MAX_S:.0f} s: {what}")
             await asyncio.sleep(READY_POLL_S)

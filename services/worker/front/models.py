@@ -125,13 +125,17 @@ class Models:
             self._obtaining.append(asyncio.create_task(self._obtain(entry), name=f"obtain {entry}"))
 
     def missing(self) -> str:
-        """Empty when every model is ready, else one line that names one that is not."""
+        """Empty when every model is ready, else one line that names one that is not.
+
+        What failed for good comes first, and begins with `failed: `.
+        """
+        for resident in self._residents.values():
+            if resident.stage is Stage.FAILED:
+                return f"failed: model {resident.version.name}: {resident.error}"
         for entry, why in self._wanted.items():
             return f"model {entry}: {why}"
         for resident in self._residents.values():
             stage = resident.stage
-            if stage is Stage.FAILED:
-                return f"model {resident.version.name} failed: {resident.error}"
             if stage in (Stage.FETCHING, Stage.LOADING):
                 return f"model {resident.version.name} is {stage.value}, {resident.progress:.0%} done"
         return ""

@@ -29,6 +29,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
+# A child that lives and says that it will never be ready.
+HOPELESS = CHILD.replace("send_response(200)", "send_response(503)").replace(
+    'b"ok\\n"', 'b"failed: model big: needs 90 bytes of 80\\n"'
+)
 BROKEN = "import sys; print('the reason', file=sys.stderr); sys.exit(int(sys.argv[2]))"
 
 
@@ -95,6 +99,14 @@ async def test_start_returns_when_all_are_ready_and_stop_leaves_nothing_behind(t
     for pid in pids:
         await gone(pid)
     assert all(is_free(c.spec.ports["metrics"]) for c in supervisor.children)
+
+
+async def test_a_child_that_says_it_has_given_up_is_not_waited_for(tmp_path):
+    with pytest.raises(StartFailed, match="hopeless gave up: model big: needs 90 bytes of 80; its log is"):
+        async with asyncio.timeout(WAIT_S), supervised(tmp_path, spec(), spec("hopeless", HOPELESS)):
+            pass
+    (left_behind,) = inner_pids(tmp_path / "hopeless.log")
+    await gone(left_behind)
 
 
 async def test_a_child_that_dies_is_restarted_on_its_port_and_said_so(tmp_path):

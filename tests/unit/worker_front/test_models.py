@@ -126,7 +126,7 @@ async def test_failed_fetch_fails_the_model_until_it_is_loaded_again(
     resident = world.models.get(A.digest)
     assert resident is not None
     assert resident.stage is Stage.FAILED
-    assert "failed" in world.models.missing()
+    assert world.models.missing().startswith("failed: model ")
     world.weights_error = None
     assert (await world.load(A)).stage is Stage.READY
     await world.close()
