@@ -200,7 +200,7 @@ def mesh(name: str, model: str, source: Path, dtype: str, threads: int) -> Itera
     if known.returncode != 0:
         _command("models", "import", str(source), "--name", model)
     settings = {"TOKENLOOM_WORKER_DTYPE": dtype, "TOKENLOOM_WORKER_THREADS": str(threads)}
-    # No traces, as in the overlay for measuring, and as with the peers.
+    # Untraced, as the peers are.
     _command("up", "--detach", "--port", str(port), "--model", model, "--trace-ratio", "0", **settings)
     try:
         running = local.running()

@@ -46,7 +46,7 @@ class WorkerSettings(ServiceSettings):
     prefix_cache: bool = True
     """Whether a prompt finds blocks of the KV cache that hold its beginning already."""
     pipeline_depth: int = Field(0, ge=0, le=2)
-    """2: an engine prepares its next step while it computes the present one."""
+    """2: an engine prepares its next step while it computes the present one. 0: 2 on a GPU, 1 on a CPU."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads of each engine; 0: as many as the process may use."""
 

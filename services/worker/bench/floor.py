@@ -92,22 +92,8 @@ def machine(device_name: str, element_bytes: int, bytes_per_s: float, flops: flo
 def decode_step(size: Dimensions, device: Machine, batch: float, context: float) -> Floor:
     """One token of each of `batch` sequences that attend to `context` tokens each, the new one included."""
     seen = min(context, size.window) if size.window else context
-    kv_token_bytes = 2 * size.layers * size.kv_heads * size.head_dim * size.element_bytes
-    attended = 4 * size.layers * size.heads * size.head_dim
-    return _floor(
-        device,
-        batch=batch,
-        context=context,
-        work={
-            "weights": (
-                size.layers * size.products * size.element_bytes,
-                2 * size.layers * size.products * batch,
-            ),
-            "attention": (kv_token_bytes * batch * (seen + 1), attended * batch * seen),
-            "head": _head(size, batch),
-            "activations": (size.layers * size.handed_on * size.element_bytes * batch, 0.0),
-        },
-    )
+    work = _work(size, tokens=batch, answers=batch, kv_tokens=batch * (seen + 1), pairs=batch * seen)
+    return _floor(device, batch=batch, context=context, work=work)
 
 
 def prefill(size: Dimensions, device: Machine, prompts: float, prompt_tokens: float) -> Floor:
@@ -116,21 +102,26 @@ def prefill(size: Dimensions, device: Machine, prompts: float, prompt_tokens: fl
     reach = min(prompt_tokens, size.window) if size.window else prompt_tokens
     # A token sees itself and what is before it, at most `reach` of them.
     pairs = prompts * (reach * (reach + 1) / 2 + (prompt_tokens - reach) * reach)
+    work = _work(size, tokens=tokens, answers=prompts, kv_tokens=2 * tokens, pairs=pairs)
+    return _floor(device, batch=prompts, context=prompt_tokens, work=work)
+
+
+def _work(
+    size: Dimensions, *, tokens: float, answers: float, kv_tokens: float, pairs: float
+) -> dict[str, tuple[float, float]]:
+    """Bytes and operations of each term. `answers`: tokens that are drawn.
+
+    `kv_tokens`: keys and values read and written, in tokens; `pairs`: of tokens, one attending to the other.
+    """
+    products = size.layers * size.products
     kv_token_bytes = 2 * size.layers * size.kv_heads * size.head_dim * size.element_bytes
-    return _floor(
-        device,
-        batch=prompts,
-        context=prompt_tokens,
-        work={
-            "weights": (
-                size.layers * size.products * size.element_bytes,
-                2 * size.layers * size.products * tokens,
-            ),
-            "attention": (2 * kv_token_bytes * tokens, 4 * size.layers * size.heads * size.head_dim * pairs),
-            "head": _head(size, prompts),
-            "activations": (size.layers * size.handed_on * size.element_bytes * tokens, 0.0),
-        },
-    )
+    attended = 4 * size.layers * size.heads * size.head_dim
+    return {
+        "weights": (products * size.element_bytes, 2 * products * tokens),
+        "attention": (kv_token_bytes * kv_tokens, attended * pairs),
+        "head": _head(size, answers),
+        "activations": (size.layers * size.handed_on * size.element_bytes * tokens, 0.0),
+    }
 
 
 def workload_s(

@@ -3,8 +3,7 @@
 Two recordings, because their kernels differ: `prefill`, from the first step on, and `decode`, steps of a
 full batch that only decodes. Each leaves a Chrome trace (`prefill.json.gz`) and a table (`prefill.txt`):
 kernels by device time on an accelerator, torch's operators by their own time on a CPU, where our kernels
-are none of them. Recording slows the steps
-down, so their times are no measurement; the shares are.
+are none of them. Recording slows the steps down, so their times are no measurement; the shares are.
 """
 
 from __future__ import annotations

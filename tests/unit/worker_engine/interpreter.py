@@ -43,7 +43,7 @@ def repair():
         if kinds == (tl.float32, tl.bfloat16):
             return TensorHandle(narrowed(src.data), dst_type.scalar)
         if tl.bfloat16 in kinds:
-            raise NotImplementedError(f"a conversion of {kinds[0]} to {kinds[1]}")
+            raise TypeError(f"the interpreter is not put right for a conversion of {kinds[0]} to {kinds[1]}")
         return plain_cast(self, src, dst_type)
 
     def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
