@@ -44,8 +44,8 @@ class BatcherApp:
         """Bind the ports and look for workers. Raises OSError when a port is taken."""
         settings, clock = self._settings, SystemClock()
         scheduler = Scheduler(settings.limits(), f"{settings.name}-{uuid.uuid4().hex[:8]}")
-        self._metrics = BatcherMetrics(self._registry)
-        self._metrics.watch(scheduler)
+        self._metrics = BatcherMetrics(self._registry, settings.tenant_weights)
+        self._metrics.watch(scheduler, clock)
         self._driver = Driver(scheduler, clock, self._metrics, watchers_max=settings.watchers_max)
         self._fleet = GrpcFleetWatch(
             parse_workers(settings.workers), settings.name, settings.discovery_interval_s

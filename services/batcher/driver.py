@@ -27,8 +27,8 @@ from services.batcher.watchers import Watchers
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.logs import get_logger
 
-TIMER_MIN_S = 0.001
-"""The event loop's clock has milliseconds: a shorter timer would come up too early and spin."""
+TIMER_MIN_S = 0.01
+"""What is due within it is done together: with a hundred workers some silence is always about to be due."""
 
 log = get_logger(__name__)
 
@@ -44,6 +44,8 @@ class Driver:
         self._metrics = metrics
         self._held: dict[int, Stay] = {}
         """Those not decided yet, by ticket."""
+        self._silent: set[str] = set()
+        """Endpoints of stale workers, which are as many as there are workers at most."""
         self._tickets = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
@@ -87,12 +89,12 @@ class Driver:
             if stay.decision is None:
                 self._left(stay)
             else:
-                self._metrics.ended(usage)
+                self._metrics.ended(stay.request, usage)
 
     def _left(self, stay: Stay) -> None:
         """It went while it was waiting."""
         del self._held[stay.ticket]
-        self._metrics.cancelled.inc()
+        self._metrics.cancelled(stay.request)
         self.watchers.left(stay.request.request_id)
         self._note_emptied()
 
@@ -173,16 +175,15 @@ class Driver:
     def _decide(self, decision: Dispatch | Reject, begun_ns: int) -> None:
         stay = self._held.pop(decision.ticket)
         stay.decide(decision, max(begun_ns, stay.arrived_ns), self._clock.unix_ns())
-        if isinstance(decision, Dispatch):
-            self._metrics.dispatched.inc()
-            self._metrics.queue_seconds.observe(decision.waited_s)
-        else:
-            self._metrics.requests.labels(decision.reason).inc()
+        self._metrics.decided(decision)
         self.watchers.decided(decision)
 
     def _turned(self, effect: WorkerTurned) -> None:
         self._metrics.turned.labels(effect.state).inc()
-        say = log.debug if effect.state == "stale" else log.info
+        # A short silence is no news, nor is its end: on a busy machine a hundred workers pause together.
+        quiet = effect.state == "stale" or effect.endpoint in self._silent
+        (self._silent.add if effect.state == "stale" else self._silent.discard)(effect.endpoint)
+        say = log.debug if quiet else log.info
         say("worker turned", worker=effect.endpoint, state=effect.state)
 
     def _set_timer(self) -> None:

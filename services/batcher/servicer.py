@@ -16,15 +16,13 @@ from services.batcher.metrics import BatcherMetrics
 from services.batcher.stay import Stay
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import CallError, field_invalid
-from tokenloom.kit.server import Call
+from tokenloom.kit.server import Call, Exchange
 
 LEASES_MAX = 1_000
 """Leases that a state lists."""
 INTERVAL_DEFAULT_MS = 1_000
 INTERVAL_MIN_MS = 20
 INTERVAL_MAX_MS = 60_000
-
-Messages = AsyncIterator[ext.ProcessingRequest]
 
 
 class ExternalProcessor:
@@ -35,16 +33,16 @@ class ExternalProcessor:
         self._clock = clock
         self._metrics = metrics
 
-    async def Process(self, requests: Messages, call: Call) -> AsyncIterator[ext.ProcessingResponse]:
+    async def Process(self, exchange: Exchange[ext.ProcessingRequest], call: Call) -> None:
         """Hold the request, name its worker, and follow it to its end: the stream's end ends the lease."""
-        first = await anext(requests, None)
+        first = await exchange.read()
         if first is None:
             return
         try:
             request = ext_proc.parse_request(first, self._clock)
         except CallError as error:
             self._metrics.malformed.inc()
-            yield ext_proc.refuse(error)
+            await exchange.write(ext_proc.refuse(error))
             return
         stay = self._driver.arrived(request)
         ahead: asyncio.Task[ext.ProcessingRequest | None] | None = None
@@ -52,25 +50,26 @@ class ExternalProcessor:
         try:
             decision = stay.decision
             if decision is None:
-                yield ext_proc.hold(self._driver.hold_limit_s(stay))
-                ahead = _read_ahead(requests, stay)
+                await exchange.write(ext_proc.hold(self._driver.hold_limit_s(stay)))
+                ahead = _read_ahead(exchange, stay)
                 decision = await stay.wait()
             if isinstance(decision, Reject):
-                yield ext_proc.refuse(ext_proc.refusal(decision))
+                await exchange.write(ext_proc.refuse(ext_proc.refusal(decision)))
                 return
             if decision is not None:
-                yield ext_proc.pick(decision)
+                await exchange.write(ext_proc.pick(decision))
             while True:
-                message = await (ahead if ahead is not None else anext(requests, None))
+                message = await (ahead if ahead is not None else exchange.read())
                 ahead = None
                 if message is None:
                     return
                 usage = self._note(stay, message) or usage
-                yield ext_proc.go_on(message)
+                await exchange.write(ext_proc.go_on(message))
         finally:
             _drop(ahead)
             self._driver.ended(stay, usage)
-            spans.record(stay, call.context, self._clock.unix_ns())
+            if not call.left_out:
+                spans.record(stay, call.context, self._clock.unix_ns())
 
     def _note(self, stay: Stay, message: ext.ProcessingRequest) -> Usage | None:
         """What passes by on the way back: who answered, and at the end what it cost."""
@@ -82,14 +81,12 @@ class ExternalProcessor:
         return None
 
 
-def _read_ahead(requests: Messages, stay: Stay) -> asyncio.Task[ext.ProcessingRequest | None]:
+def _read_ahead(
+    exchange: Exchange[ext.ProcessingRequest], stay: Stay
+) -> asyncio.Task[ext.ProcessingRequest | None]:
     """Read while the request is held: whatever comes, the wait is over. A caller that leaves may show as
     nothing but the end of Envoy's half of the stream."""
-
-    async def read() -> ext.ProcessingRequest | None:
-        return await anext(requests, None)
-
-    task = asyncio.create_task(read())
+    task = asyncio.create_task(exchange.read())
     task.add_done_callback(lambda _: stay.wake())
     return task
 

@@ -13,6 +13,8 @@ from services.gateway.core.refusal import Violation, invalid
 from tokenloom.contract import headers
 
 REQUEST_ID = "x-request-id"
+WHOLE_DIGITS_MAX = 16
+"""Longer numbers are not even read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Caller:
     arrival_s: float
     """Monotonic."""
     deadline_unix_ms: int
+    ttft_slo_ms: int
+    """Wished for the first token, from arrival; 0: no wish."""
     context: Context
     span: Span
     """The server span, current in `context`."""
@@ -45,6 +49,23 @@ def tenant_of(metadata: Mapping[str, str | bytes]) -> str:
     """Whose share the request is charged to. Raises Refusal."""
     named = _name(metadata, headers.FAIRNESS_ID) or _name(metadata, headers.FAIRNESS_ID_OLD)
     return named or headers.DEFAULT_TENANT
+
+
+def ttft_slo_ms_of(metadata: Mapping[str, str | bytes]) -> int:
+    """The time to the first token that the caller wishes; 0: no wish. Raises Refusal naming the header."""
+    for key in (headers.SLO_TTFT_MS, headers.SLO_TTFT_MS_OLD):
+        if (value := metadata.get(key)) is not None:
+            return _milliseconds(key, value)
+    return 0
+
+
+def _milliseconds(key: str, value: str | bytes) -> int:
+    text = value.decode("latin-1") if isinstance(value, bytes) else value
+    most = headers.TTFT_SLO_MS_MAX
+    if text.isascii() and text.isdigit() and len(text) <= WHOLE_DIGITS_MAX and 1 <= int(text) <= most:
+        return int(text)
+    bound = f"must be a whole number of milliseconds from 1 to {most}, not {text[:32]!r}"
+    raise invalid([Violation(key, bound)])
 
 
 def _name(metadata: Mapping[str, str | bytes], key: str) -> str:

@@ -28,7 +28,7 @@ class Generation:
         version: ModelVersion,
         text: ModelText,
         plan: Plan,
-        prefix: tuple[bytes, ...],
+        prefix: tuple[int, ...],
         tools: RunnerTools,
     ) -> None:
         self.request = request
@@ -106,4 +106,5 @@ class Generation:
             top_logprobs=request.output.top_logprobs,
             cache_salt=request.cache_salt,
             prefix=self._prefix,
+            ttft_slo_ms=caller.ttft_slo_ms,
         )

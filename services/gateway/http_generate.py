@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.callers import REQUEST_ID, Caller, request_id_of, tenant_of
+from services.gateway.callers import REQUEST_ID, Caller, request_id_of, tenant_of, ttft_slo_ms_of
 from services.gateway.core.choice import Event
 from services.gateway.core.openai_body import ParsedBody
 from services.gateway.core.openai_render import DONE, AnswerHead, Renderer, Tally, error_chunk
@@ -86,7 +86,7 @@ class GenerateEndpoint:
         clock = self._pipeline.clock
         arrival_s, arrival_ms = clock.monotonic(), clock.unix_ms()
         answer.request_id = request_id_of(headers)
-        tenant = tenant_of(headers)
+        tenant, ttft_slo_ms = tenant_of(headers), ttft_slo_ms_of(headers)
         parsed = self._parse(await read_json(answer.scope, answer.receive, self._body_bytes_max))
         caller = Caller(
             door="http",
@@ -96,6 +96,7 @@ class GenerateEndpoint:
             arrival_unix_ms=arrival_ms,
             arrival_s=arrival_s,
             deadline_unix_ms=arrival_ms + int(1000 * self._default_timeout_s),
+            ttft_slo_ms=ttft_slo_ms,
             context=get_current(),
             span=span,
             streams=parsed.options.stream,

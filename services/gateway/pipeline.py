@@ -192,7 +192,7 @@ class Pipeline:
         version: ModelVersion,
         text: ModelText,
         plan: Plan,
-        prefix: tuple[bytes, ...],
+        prefix: tuple[int, ...],
     ) -> Generation:
         return Generation(
             request=request,
@@ -267,7 +267,7 @@ def _limits_of(version: ModelVersion) -> ModelLimits:
     return ModelLimits(version.context_length, version.vocab_size)
 
 
-async def _prefix(plan: Plan, version: ModelVersion, salt: str) -> tuple[bytes, ...]:
+async def _prefix(plan: Plan, version: ModelVersion, salt: str) -> tuple[int, ...]:
     """What the batcher compares prompts by: one hash for each 512 tokens."""
     ids = plan.prompt_ids
     if len(ids) < BLOCK_TOKENS * WIRE_STRIDE:

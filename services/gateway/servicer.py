@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from loom.inference.v1 import inference_pb2 as pb
 
-from services.gateway.callers import REQUEST_ID, Caller, request_id_of, tenant_of
+from services.gateway.callers import REQUEST_ID, Caller, request_id_of, tenant_of, ttft_slo_ms_of
 from services.gateway.core.catalogue import ModelEntry, ModelVersion
 from services.gateway.core.choice import Event, PositionLogprobs
 from services.gateway.core.ports import ModelText
@@ -74,6 +74,7 @@ class InferenceServicer:
     def _caller(self, call: Call, operation: str) -> Caller:
         try:
             request_id, tenant = request_id_of(call.metadata), tenant_of(call.metadata)
+            ttft_slo_ms = ttft_slo_ms_of(call.metadata)
         except Refusal as refusal:
             raise call_error(refusal) from None
         clock = self._pipeline.clock
@@ -85,6 +86,7 @@ class InferenceServicer:
             arrival_unix_ms=clock.unix_ms(),
             arrival_s=clock.monotonic(),
             deadline_unix_ms=deadline_unix_ms(call, clock, self._default_timeout_s),
+            ttft_slo_ms=ttft_slo_ms,
             context=call.context,
             span=call.span,
             streams=True,

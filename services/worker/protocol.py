@@ -114,6 +114,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     memory_bytes: int
     device: str
     dtype: str
+    step_tokens_max: int
+    """Tokens that one step may compute, prompts and decodes together."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -131,13 +133,18 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     metadata: dict[str, str] = {}
 
 
-class Step(msgspec.Struct, frozen=True, tag="step"):
+class Step(msgspec.Struct, frozen=True, tag="step", omit_defaults=True):
     """One step's results. Also sent without outputs when only the load changed."""
 
     outputs: list[Output]
     load: Load
     step_ns: int = 0
     step_tokens: int = 0
+    prefixes_stored: list[int] = []
+    """Prefixes of 512, 1,024, … tokens that can be found since the last message: their wire hashes of
+    `tokenloom.contract.prefix`."""
+    prefixes_evicted: list[int] = []
+    """Those that no longer can. A new engine's cache is empty."""
 
 
 Event = Ready | Progress | Failed | Step

@@ -56,7 +56,7 @@ class WorkerSettings(ServiceSettings):
     """For a request that came without a deadline."""
     report_interval_ms: int = Field(20, ge=1, le=10_000)
     """The least time between two load reports."""
-    heartbeat_ms: int = Field(80, ge=5, le=10_000)
+    heartbeat_ms: int = Field(130, ge=5, le=10_000)
     """The longest time between two load reports, also when nothing changed."""
 
     resolve_backoff_max_s: float = Field(2.0, gt=0, le=600)

@@ -1,11 +1,13 @@
-"""What every kind of engine says in the words of the step protocol: sequences, outputs, load."""
+"""What every kind of engine says in the words of the step protocol: sequences, outputs, steps, load."""
 
 from __future__ import annotations
 
 from services.worker.core.plan import Advance, Room
+from services.worker.core.scheduler import Scheduler
 from services.worker.core.sequence import Finish, Sequence
 from services.worker.engine.rates import Rates
-from services.worker.protocol import Load, Output, Submit, TokenLogprobs
+from services.worker.protocol import Load, Output, Step, Submit, TokenLogprobs
+from tokenloom.contract.prefix import numbers
 
 
 def sequence_of(command: Submit) -> Sequence:
@@ -47,6 +49,19 @@ def output_of(advance: Advance, logprobs: TokenLogprobs | None, now_ns: int) -> 
 def refusal(command: Submit, why: str) -> Output:
     """The answer to a sequence that cannot run."""
     return Output(id=command.id, tokens=[], index=len(command.output), finish="error", error=why)
+
+
+def step_of(
+    scheduler: Scheduler, rates: Rates, outputs: list[Output], step_ns: int = 0, step_tokens: int = 0
+) -> Step:
+    """A message to the front: outputs, the present load, and what the prefix cache gained and lost since
+    the message before, so that each must be sent.
+    """
+    load = load_of(scheduler.room(), rates)
+    stored, evicted = scheduler.prefix_changes()
+    if not stored and not evicted:
+        return Step(outputs, load, step_ns, step_tokens)
+    return Step(outputs, load, step_ns, step_tokens, [*numbers(stored)], [*numbers(evicted)])
 
 
 def load_of(room: Room, rates: Rates) -> Load:

@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -95,12 +96,39 @@ def down() -> None:
 
 
 @app.command()
-def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """Show what runs."""
-    if as_json:
+def status(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For programs; watched, one object a line.")
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="What the batcher sees, as it changes.")
+    ] = False,
+    interval: Annotated[
+        float | None, typer.Option(min=0.02, max=60, help="With --watch: seconds between frames; default 1.")
+    ] = None,
+    replica: Annotated[
+        int | None, typer.Option(min=0, help="With --watch: only this batcher; default: all of them.")
+    ] = None,
+) -> None:
+    """Show what runs; with --watch queues, tenants, workers and leases, live."""
+    if watch:
+        from tokenloom.cli import watch as watch_command
+
+        interval_s = watch_command.INTERVAL_DEFAULT_S if interval is None else interval
+        watch_command.run(_wide_console(), interval_s, replica, as_json=as_json)
+    elif interval is not None or replica is not None:
+        raise CliError("--interval and --replica go with --watch", status=2)
+    elif as_json:
         print(json.dumps(status_command.snapshot(), indent=1))
     elif not status_command.show(console):
         raise CliError("no mesh is running: start one with `tokenloom up`")
+
+
+def _wide_console() -> Console:
+    """Standard output, wide enough for drawings where nothing says how wide it is."""
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(highlight=False, width=PIPED_COLUMNS)
 
 
 @app.command()
@@ -177,6 +205,42 @@ def trace(
     else:
         wide = console.width if console.is_terminal or "COLUMNS" in os.environ else PIPED_COLUMNS
         Console(highlight=False, width=wide).print(tracetree.draw(found, wide))
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Option(help="Requests, as JSON lines in the Mooncake format.")],
+    workers: Annotated[int, typer.Option(min=1, max=1_000, help="Simulated workers.")] = 16,
+    profile: Annotated[str, typer.Option(help="Their law: a name or a file.")] = "h100-8b",
+    rate_scale: Annotated[str, typer.Option(help="Multiples of the recorded rate: K[,K...].")] = "",
+    policy: Annotated[str, typer.Option(help="One, several with commas, or all.")] = "all",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same run.")] = 0,
+    slo_ttft: Annotated[float, typer.Option(min=0.001, help="Seconds to the first token.")] = 2.0,
+    slo_itl_ms: Annotated[
+        float, typer.Option(min=0.1, help="Milliseconds between tokens, on average.")
+    ] = 25.0,
+    search_r90: Annotated[
+        bool, typer.Option("--search-r90", help="Find the highest rate with 90 % served in time.")
+    ] = False,
+    step_tokens: Annotated[
+        int | None, typer.Option(min=256, help="Tokens of one step; default: the profile's.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them here (PNG).")] = None,
+    table_file: Annotated[Path | None, typer.Option("--table", help="Write tables here (Markdown).")] = None,
+) -> None:
+    """Run the batcher's core, and other policies, over a recorded trace in virtual time."""
+    from services.batcher.simulate.metrics import Slo
+    from tokenloom.cli import simulate as simulate_command
+    from tokenloom.cli import simulate_view
+
+    comparison = simulate_command.comparison(
+        trace, workers, profile, rate_scale, policy, seed, Slo(slo_ttft, slo_itl_ms / 1000),
+        search=search_r90, step_tokens=step_tokens,
+    )  # fmt: skip
+    outcome = simulate_command.compare(comparison, errors, plot=plot_file is not None)
+    simulate_command.write(outcome, json_file, plot_file, table_file)
+    simulate_view.show(outcome, _wide_console())
 
 
 def _one_trace(found: list[Any], wanted: str) -> Any:

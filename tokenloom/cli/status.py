@@ -87,4 +87,21 @@ def show(console: Console) -> bool:
         )
     console.print(f"mesh at {mesh.address}, engine {mesh.engine}, models {', '.join(mesh.models)}")
     console.print(table)
+    for line in asyncio.run(_queues(mesh)):
+        console.print(line)
     return True
+
+
+async def _queues(mesh: state.Mesh) -> list[str]:
+    """Each batcher that answers, in one line."""
+    # Imported late: other commands that come by here do without gRPC.
+    from tokenloom.cli import watch
+    from tokenloom.cli.watch_view import summary
+
+    batchers = watch.replicas(mesh)
+    states = await asyncio.gather(*(watch.look(process) for process in batchers))
+    return [
+        f"{process.name}: {summary(seen)}"
+        for process, seen in zip(batchers, states, strict=True)
+        if seen is not None
+    ]

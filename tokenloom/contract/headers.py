@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ PROMPT_TOKENS = "x-loom-prompt-tokens"
 MAX_NEW_TOKENS = "x-loom-max-new-tokens"
 PREFIX_BIN = "x-loom-prefix-bin"
 ATTEMPT = "x-loom-attempt"
+TTFT_SLO_MS = "x-loom-ttft-slo-ms"
+BYTES = "x-loom-bytes"
 
 LEASE = "x-loom-lease"
 QUEUED_MS = "x-loom-queued-ms"
@@ -36,6 +39,8 @@ DROPPED_REASON = "x-llm-d-request-dropped-reason"
 FAIRNESS_ID = "x-llm-d-inference-fairness-id"
 FAIRNESS_ID_OLD = "x-gateway-inference-fairness-id"
 DEFAULT_TENANT = "default"
+SLO_TTFT_MS = "x-llm-d-slo-ttft-ms"
+SLO_TTFT_MS_OLD = "x-slo-ttft-ms"
 
 HASH_BYTES = 8
 PREFIX_HASHES_MAX = 256
@@ -43,6 +48,8 @@ PREFIX_HASHES_MAX = 256
 NAME_CHARS_MAX = 128
 """Longest request id and tenant."""
 TOKENS_MAX = 1 << 31
+TTFT_SLO_MS_MAX = 3_600_000
+BYTES_MAX = 1 << 31
 
 
 class HeaderError(ValueError):
@@ -68,9 +75,13 @@ class RequestHeaders:
     """loom.inference.v1.Priority."""
     prompt_tokens: int
     max_new_tokens: int
-    prefix: tuple[bytes, ...] = field(default=())
-    """Hashes of `HASH_BYTES` bytes, one for each 512 prompt tokens."""
+    prefix: tuple[int, ...] = field(default=())
+    """Hashes of `HASH_BYTES` bytes as little-endian numbers, one for each 512 prompt tokens."""
     attempt: int = 1
+    ttft_slo_ms: int = 0
+    """From arrival to the first token, as the caller wishes; 0: no wish."""
+    size_bytes: int = 0
+    """Of the serialised request that the proxy holds while it waits; 0: not said."""
 
     def encode(self) -> list[tuple[str, str | bytes]]:
         """As gRPC metadata."""
@@ -86,7 +97,12 @@ class RequestHeaders:
             (ATTEMPT, str(self.attempt)),
         ]
         if self.prefix:
-            pairs.append((PREFIX_BIN, b"".join(self.prefix[:PREFIX_HASHES_MAX])))
+            sent = self.prefix[:PREFIX_HASHES_MAX]
+            pairs.append((PREFIX_BIN, struct.pack(f"<{len(sent)}Q", *sent)))
+        if self.ttft_slo_ms:
+            pairs.append((TTFT_SLO_MS, str(self.ttft_slo_ms)))
+        if self.size_bytes:
+            pairs.append((BYTES, str(self.size_bytes)))
         return pairs
 
     @classmethod
@@ -103,6 +119,8 @@ class RequestHeaders:
             max_new_tokens=_integer(headers, MAX_NEW_TOKENS, 1, TOKENS_MAX),
             prefix=_hashes(headers.get(PREFIX_BIN)),
             attempt=_integer(headers, ATTEMPT, 1, 1 << 16),
+            ttft_slo_ms=_integer(headers, TTFT_SLO_MS, 1, TTFT_SLO_MS_MAX) if TTFT_SLO_MS in headers else 0,
+            size_bytes=_integer(headers, BYTES, 1, BYTES_MAX) if BYTES in headers else 0,
         )
 
 
@@ -123,7 +141,7 @@ def _integer(headers: Mapping[str, str | bytes], name: str, low: int, high: int)
     return int(text)
 
 
-def _hashes(value: str | bytes | None) -> tuple[bytes, ...]:
+def _hashes(value: str | bytes | None) -> tuple[int, ...]:
     """gRPC gives `-bin` metadata as bytes; a proxy's copy of the headers holds base64 without padding."""
     if not value:
         return ()
@@ -135,4 +153,4 @@ def _hashes(value: str | bytes | None) -> tuple[bytes, ...]:
     if len(value) % HASH_BYTES or len(value) > HASH_BYTES * PREFIX_HASHES_MAX:
         bound = f"at most {PREFIX_HASHES_MAX} hashes of {HASH_BYTES} bytes"
         raise HeaderError(PREFIX_BIN, f"must hold {bound}, not {len(value)} bytes")
-    return tuple(value[i : i + HASH_BYTES] for i in range(0, len(value), HASH_BYTES))
+    return struct.unpack(f"<{len(value) // HASH_BYTES}Q", value)

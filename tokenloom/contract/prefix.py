@@ -1,7 +1,8 @@
 """Chained hashes of prompt blocks: equal hashes mean equal prefixes, of equal models and salts.
 
 BLAKE2b with an 8-byte digest over parent hash and the block's ids as little-endian uint32. Workers
-hash blocks of 16 tokens; every 32nd hash travels, one for each 512 tokens.
+hash blocks of 16 tokens; every 32nd hash travels, one for each 512 tokens, and counts there as a
+little-endian number.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ def block_hashes(token_ids: Sequence[int], root: bytes, block_tokens: int = BLOC
     return hashes
 
 
-def wire_hashes(hashes: Sequence[bytes]) -> tuple[bytes, ...]:
+def numbers(hashes: Sequence[bytes]) -> tuple[int, ...]:
+    """Hashes as they travel."""
+    return struct.unpack(f"<{len(hashes)}Q", b"".join(hashes))
+
+
+def wire_hashes(hashes: Sequence[bytes]) -> tuple[int, ...]:
     """Every 32nd hash, at most `PREFIX_HASHES_MAX`."""
-    return tuple(hashes[WIRE_STRIDE - 1 :: WIRE_STRIDE][:PREFIX_HASHES_MAX])
+    return numbers(hashes[WIRE_STRIDE - 1 :: WIRE_STRIDE][:PREFIX_HASHES_MAX])

@@ -5,7 +5,8 @@ message, and a caller's mistake must be INVALID_ARGUMENT. Handlers are plain cla
 
     unary:         async def GetThing(self, request, call) -> Response
     server stream: async def WatchThing(self, request, call) -> AsyncIterator[Response]
-    both streams:  async def Process(self, requests, call) -> AsyncIterator[Response]
+    both streams:  async def Process(self, exchange, call) -> None, which reads and writes by hand: chains
+                   of generators would cost as much as all else that a short exchange does
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import aclosing
-from typing import Any
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -37,8 +39,12 @@ STREAMS_MAX = 100_000
 
 Metadata = list[tuple[str, str | bytes]]
 Handler = Callable[..., Any]
+M = TypeVar("M", bound=Message)
 log = get_logger(__name__)
 
+_LEFT_OUT = "-00"
+"""The flags of a `traceparent`, https://www.w3.org/TR/trace-context/#trace-flags."""
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _CANCELLED = Status(StatusCode.ERROR, "cancelled by the caller")
 
 
@@ -49,9 +55,19 @@ class Call:
         self._grpc = context
         self.method = method
         self.metadata: dict[str, str | bytes] = dict(context.invocation_metadata() or ())
-        self.context: Context = telemetry.extract(self.metadata)
         self.span: trace.Span = trace.INVALID_SPAN
         self._initial: Metadata = []
+
+    @cached_property
+    def context(self) -> Context:
+        """The caller's trace, or the server span in it."""
+        return telemetry.extract(self.metadata)
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the caller says that this trace is not kept: nothing need be recorded for it."""
+        parent = self.metadata.get("traceparent")
+        return isinstance(parent, str) and parent.endswith(_LEFT_OUT)
 
     @property
     def peer(self) -> str:
@@ -79,6 +95,31 @@ class Call:
         details = status_proto(error)
         trailers = ((STATUS_DETAILS_KEY, details.SerializeToString()),)
         await self._grpc.abort(error.code, details.message, trailers)
+
+
+class Exchange(Generic[M]):
+    """Both streams of one call."""
+
+    __slots__ = ("_grpc", "_method", "_request_class")
+
+    def __init__(
+        self, context: grpc.aio.ServicerContext[Any, Any], request_class: type[M], method: str
+    ) -> None:
+        self._grpc = context
+        self._request_class = request_class
+        self._method = method
+
+    async def read(self) -> M | None:
+        """The caller's next message; None when there are no more. One reader at a time.
+
+        Raises CallError when it cannot be read.
+        """
+        data = await self._grpc.read()
+        return None if data is _EOF else _parse(self._request_class, data, self._method)
+
+    async def write(self, data: bytes) -> None:
+        """Send one message, serialised."""
+        await self._grpc.write(data)
 
 
 class GrpcServer:
@@ -154,14 +195,13 @@ def _handler(method: MethodDescriptor, function: Handler, *, traced: bool) -> An
     return grpc.unary_stream_rpc_method_handler(_server_stream(function, request_class, name, traced))
 
 
-def _parse(request_class: type[Message], data: bytes, method: str) -> Message:
-    message = request_class()
+def _parse(request_class: type[M], data: bytes, method: str) -> M:
     try:
-        message.ParseFromString(data)
+        return request_class.FromString(data)
     except DecodeError as error:
-        why = f"the request is not a {message.DESCRIPTOR.full_name} (invalid bytes or UTF-8): {error}"
+        name = request_class.DESCRIPTOR.full_name
+        why = f"the request is not a {name} (invalid bytes or UTF-8): {error}"
         raise CallError("REQUEST_MALFORMED", why, metadata={"method": method}) from None
-    return message
 
 
 class _Scope:
@@ -181,7 +221,8 @@ class _Scope:
                 self._method, context=call.context, kind=SpanKind.SERVER, attributes=attributes
             )
             call.context = trace.set_span_in_context(call.span, call.context)
-        self._token = otel_context.attach(call.context)
+        if self._traced or not call.left_out:
+            self._token = otel_context.attach(call.context)
         return call
 
     async def __aexit__(self, _: Any, error: BaseException | None, __: Any) -> None:
@@ -205,7 +246,7 @@ class _Scope:
         finally:
             call.span.end()
             # A generator that its caller left is closed from another task, whose context is not ours.
-            if not isinstance(error, GeneratorExit):
+            if self._token is not None and not isinstance(error, GeneratorExit):
                 otel_context.detach(self._token)
 
     def _failed(self, error: CallError) -> None:
@@ -242,18 +283,8 @@ def _server_stream(function: Handler, request_class: type[Message], name: str, t
 
 
 def _both_streams(function: Handler, request_class: type[Message], name: str, traced: bool) -> Any:
-    async def parsed(frames: AsyncIterator[bytes]) -> AsyncIterator[Message]:
-        async for data in frames:
-            yield _parse(request_class, data, name)
-
-    async def handle(
-        frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[bytes]:
-        async with (
-            _Scope(context, name, traced) as call,
-            aclosing(function(parsed(frames), call)) as responses,
-        ):
-            async for message in responses:
-                yield message.SerializeToString()
+    async def handle(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async with _Scope(context, name, traced) as call:
+            await function(Exchange(context, request_class, name), call)
 
     return handle

@@ -7,6 +7,8 @@ refusal is an immediate response that a gRPC caller sees as a status with detail
 from __future__ import annotations
 
 import base64
+from functools import lru_cache
+from typing import Any
 
 from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as pb
@@ -19,6 +21,8 @@ from tokenloom.contract.headers import HeaderError, RequestHeaders
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import STATUS_DETAILS_KEY, CallError, field_invalid, status_proto
 
+ENDPOINTS_MAX = 10_000
+"""Workers whose part of a pick is kept."""
 HOLD_MARGIN_S = 5.0
 """Envoy waits this much longer than the core holds: the refusal must arrive before Envoy gives up."""
 
@@ -29,18 +33,20 @@ DROPPED = {
     "QUEUE_TIMEOUT": "rejected-ttl-expired",
     "DEADLINE_UNREACHABLE": "rejected-ttl-expired",
     "DRAINING": "rejected-shutting-down",
+    "TENANT_OVER_SHARE": "rejected-saturated",
+    "MODEL_NOT_READY": "rejected-no-endpoints",
+    "SHED": "evicted-priority",
 }
 
 _OVERWRITE = base_pb2.HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
 _GO_ON = {
-    "response_headers": pb.ProcessingResponse(response_headers=pb.HeadersResponse()),
-    "response_trailers": pb.ProcessingResponse(response_trailers=pb.TrailersResponse()),
-    "request_body": pb.ProcessingResponse(request_body=pb.BodyResponse()),
-    "response_body": pb.ProcessingResponse(response_body=pb.BodyResponse()),
-    "request_trailers": pb.ProcessingResponse(request_trailers=pb.TrailersResponse()),
+    "response_headers": pb.ProcessingResponse(response_headers=pb.HeadersResponse()).SerializeToString(),
+    "response_trailers": pb.ProcessingResponse(response_trailers=pb.TrailersResponse()).SerializeToString(),
+    "request_body": pb.ProcessingResponse(request_body=pb.BodyResponse()).SerializeToString(),
+    "response_body": pb.ProcessingResponse(response_body=pb.BodyResponse()).SerializeToString(),
+    "request_trailers": pb.ProcessingResponse(request_trailers=pb.TrailersResponse()).SerializeToString(),
 }
-_NOTHING = pb.ProcessingResponse()
 
 
 def pairs(headers: base_pb2.HeaderMap) -> dict[str, str | bytes]:
@@ -73,6 +79,9 @@ def parse_request(message: pb.ProcessingRequest, clock: Clock) -> Request:
         max_new_tokens=parsed.max_new_tokens,
         attempt=parsed.attempt,
         prefix=parsed.prefix,
+        deadline_unix_ms=parsed.deadline_unix_ms,
+        ttft_slo_ms=parsed.ttft_slo_ms,
+        size_bytes=parsed.size_bytes,
     )
 
 
@@ -99,39 +108,44 @@ def usage(trailers: base_pb2.HeaderMap) -> Usage | None:
     return None
 
 
-def hold(seconds: float) -> pb.ProcessingResponse:
+def hold(seconds: float) -> bytes:
     """Asks Envoy to wait for the decision."""
     response = pb.ProcessingResponse()
     response.override_message_timeout.FromMilliseconds(round((seconds + HOLD_MARGIN_S) * 1000))
-    return response
+    return bytes(response.SerializeToString())
 
 
-def pick(decision: Dispatch) -> pb.ProcessingResponse:
+def pick(decision: Dispatch) -> bytes:
     """Send the request to the endpoint that was chosen."""
     response = pb.ProcessingResponse()
+    headers = response.request_headers.response.header_mutation.set_headers
+    _set(headers, names.LEASE, decision.lease_id.encode())
+    _set(headers, names.QUEUED_MS, b"%d" % round(decision.waited_s * 1000))
+    # Messages one behind the other are one message: what depends on the worker alone is made once.
+    return _pick_of(decision.endpoint) + bytes(response.SerializeToString())
+
+
+@lru_cache(maxsize=ENDPOINTS_MAX)
+def _pick_of(endpoint: str) -> bytes:
+    """The part of a pick that every pick of this worker has."""
+    response = pb.ProcessingResponse()
     mutation = response.request_headers.response.header_mutation
-    for key, value in (
-        (names.DESTINATION, decision.endpoint),
-        (names.LEASE, decision.lease_id),
-        (names.QUEUED_MS, str(round(decision.waited_s * 1000))),
-    ):
-        option = mutation.set_headers.add(append_action=_OVERWRITE)
-        option.header.key = key
-        option.header.raw_value = value.encode()
+    _set(mutation.set_headers, names.DESTINATION, endpoint.encode())
     mutation.remove_headers.append(names.PREFIX_BIN)
     lb = response.dynamic_metadata.fields["envoy.lb"].struct_value
-    lb.fields[names.DESTINATION].string_value = decision.endpoint
-    return response
+    lb.fields[names.DESTINATION].string_value = endpoint
+    return bytes(response.SerializeToString())
 
 
-def go_on(message: pb.ProcessingRequest) -> pb.ProcessingResponse:
+def go_on(message: pb.ProcessingRequest) -> bytes:
     """The answer that changes nothing. A message without one holds the request up until Envoy's
     `message_timeout`.
     """
-    return _GO_ON.get(message.WhichOneof("request")) or _NOTHING
+    answer: bytes = _GO_ON.get(message.WhichOneof("request"), b"")
+    return answer
 
 
-def refuse(error: CallError) -> pb.ProcessingResponse:
+def refuse(error: CallError) -> bytes:
     """Answer the caller now."""
     status = status_proto(error)
     response = pb.ProcessingResponse()
@@ -140,14 +154,15 @@ def refuse(error: CallError) -> pb.ProcessingResponse:
     immediate.grpc_status.status = status.code
     immediate.body = status.message.encode()
     details = base64.b64encode(status.SerializeToString()).rstrip(b"=")
-    added = [(STATUS_DETAILS_KEY, details)]
+    _set(immediate.headers.set_headers, STATUS_DETAILS_KEY, details)
     if error.reason in DROPPED:
-        added.append((names.DROPPED_REASON, DROPPED[error.reason].encode()))
-    for key, value in added:
-        option = immediate.headers.set_headers.add(append_action=_OVERWRITE)
-        option.header.key = key
-        option.header.raw_value = value
-    return response
+        _set(immediate.headers.set_headers, names.DROPPED_REASON, DROPPED[error.reason].encode())
+    return bytes(response.SerializeToString())
+
+
+def _set(headers: Any, key: str, value: bytes) -> None:
+    """One more header of a mutation, in place of what may be there."""
+    headers.add(append_action=_OVERWRITE, header=base_pb2.HeaderValue(key=key, raw_value=value))
 
 
 def refusal(decision: Reject) -> CallError:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from loom.batcher.v1 import batcher_pb2 as pb
 from loom.inference.v1 import inference_pb2
 
+from services.batcher.core.entry import band_of
 from services.batcher.core.messages import Dispatch, Reject
-from services.batcher.core.queue import band_of
 from services.batcher.core.snapshot import (
+    FlowView,
     LeaseView,
+    LoadView,
     Place,
     QueueView,
     Snapshot,
@@ -49,18 +51,34 @@ def state(snapshot: Snapshot, unix_ms: int) -> pb.State:
             cancelled=counters.cancelled,
             refused=counters.refused,
             served_elsewhere=counters.served_elsewhere,
+            promoted=counters.promoted,
         ),
     )
 
 
 def _queue(queue: QueueView) -> pb.Queue:
     names = {_BANDS[number]: depth for number, depth in queue.depth_by_priority.items()}
+    waits = {_BANDS[number]: _ms(wait_s) for number, wait_s in queue.oldest_wait_by_priority.items()}
     return pb.Queue(
         model_version=queue.model,
         depth=queue.depth,
         prompt_tokens=queue.prompt_tokens,
         oldest_wait_ms=_ms(queue.oldest_wait_s),
         depth_by_priority=names,
+        oldest_wait_ms_by_priority=waits,
+        running=queue.running,
+        flows=[_flow(flow) for flow in queue.flows],
+        dispatch_rate=queue.dispatch_rate,
+    )
+
+
+def _flow(flow: FlowView) -> pb.Flow:
+    return pb.Flow(
+        priority=_band(flow.band),
+        tenant=flow.tenant,
+        depth=flow.depth,
+        virtual_tokens=flow.virtual_tokens,
+        weight=flow.weight,
     )
 
 
@@ -71,19 +89,27 @@ def _worker(worker: WorkerView) -> pb.Worker:
         alive=worker.alive,
         draining=worker.draining,
         report_age_ms=_ms(worker.report_age_s),
-        models=[
-            pb.WorkerModel(
-                model_version=load.model,
-                state=load.state,
-                running=load.running,
-                waiting=load.waiting,
-                free_sequences=load.free_sequences,
-                free_blocks=load.free_blocks,
-                total_blocks=load.total_blocks,
-            )
-            for load in worker.loads
-        ],
+        models=[_load(load) for load in worker.loads],
         leases=worker.leases,
+    )
+
+
+def _load(load: LoadView) -> pb.WorkerModel:
+    return pb.WorkerModel(
+        model_version=load.model,
+        state=load.state,
+        running=load.running,
+        waiting=load.waiting,
+        free_sequences=load.free_sequences,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        queued_prefill_tokens=load.backlog_tokens,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        decode_tokens_per_s=load.decode_tokens_per_s,
+        delay_s=load.delay_s,
+        known_prefixes=load.known_prefixes,
+        prefix_queried_tokens=load.prefix_queried_tokens,
+        prefix_hit_tokens=load.prefix_hit_tokens,
     )
 
 
@@ -105,6 +131,8 @@ def _tenant(tenant: TenantView) -> pb.Tenant:
         running=tenant.running,
         served_prompt_tokens=tenant.prompt_tokens,
         served_generated_tokens=tenant.generated_tokens,
+        weight=tenant.weight,
+        served_cached_tokens=tenant.cached_tokens,
     )
 
 

@@ -1,7 +1,8 @@
 """Keeps one stream of load reports open to every worker that discovery names.
 
 A stream that breaks is opened again after a pause that grows to `PAUSE_MAX_S`; a worker that left
-discovery is let go at once.
+discovery is let go at once. Nothing is kept from one stream to the next: a stream's first report says
+everything, and each later one what changed since the one before it.
 """
 
 from __future__ import annotations

@@ -2,23 +2,51 @@
 
 It decides who can take a request now, and who of those is least loaded. It must not know who waits.
 A lease is deducted from its worker's report until a report lists the request; after that the worker
-counts it itself. Each model's candidates are one sorted list, so a choice costs the same with three
+counts it itself. Each model's open workers are one sorted list, so a choice costs the same with three
 workers and with three hundred.
+
+What workers say they computed for each tenant is passed on as `Charge`s: what is new since the report
+before, less what was charged when its requests ended. The first report of a process is where its
+account begins, for it may be older than this replica.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from services.batcher.core.entry import Entry
-from services.batcher.core.messages import LoadReport
-from services.batcher.core.pool import Load, Pool
+from services.batcher.core.load import Load
+from services.batcher.core.messages import (
+    PREFIX_TOKENS,
+    PRIORITY_DEFAULT,
+    PRIORITY_LAST,
+    LoadReport,
+    ModelNews,
+    Served,
+    Usage,
+)
+from services.batcher.core.pool import Pool
+
+ACCOUNTS_MAX = 65_536
+"""(model, tenant, band) triples remembered for one worker, ten times what it reports at once."""
+
+
+class Charge(NamedTuple):
+    """Tokens that a worker computed for a tenant since its last report."""
+
+    model: str
+    band: int
+    tenant: str
+    prompt_tokens: int
+    generated_tokens: int
 
 
 class Worker:
     """One endpoint. It can be chosen while its stream is open, its reports are fresh and it takes work."""
 
     __slots__ = (
+        "accounts",
         "active",
         "boot_id",
         "connected",
@@ -51,6 +79,9 @@ class Worker:
         self.last_used = 0
         self.watched = False
         """A timer looks after its silence."""
+        self.accounts: dict[tuple[str, str, int], tuple[int, int]] | None = None
+        """Tokens computed since its boot and charged, by (model, tenant, priority); None until it said
+        so once."""
 
     @property
     def alive(self) -> bool:
@@ -120,6 +151,9 @@ class Fleet:
         if worker.boot_id != report.boot_id:
             worker.boot_id = report.boot_id
             worker.unlisted.clear()
+            worker.accounts = None
+            for old in worker.loads.values():
+                old.pool.prefixes.clear(old.holder)
         worker.connected = True
         worker.stale = False
         worker.draining = report.draining
@@ -131,8 +165,7 @@ class Fleet:
             load = worker.loads.get(model_report.version)
             if load is None:
                 pool = self.pool(model_report.version, now)
-                load = worker.loads[model_report.version] = Load(worker, pool, model_report)
-                pool.loads[worker.endpoint] = load
+                load = worker.loads[model_report.version] = pool.join(worker, model_report)
             elif load.report == model_report and not (turned or load.pending or worker.unlisted):
                 continue
             load.report = model_report
@@ -144,6 +177,36 @@ class Fleet:
             touched |= self._drop_loads(worker, [v for v in worker.loads if v not in here], now)
         return touched
 
+    def news(self, worker: Worker, news: Iterable[ModelNews]) -> list[Charge]:
+        """Take in what a report, which was taken in before, said of prefixes and tenants."""
+        charges: list[Charge] = []
+        for each in news:
+            load = worker.loads.get(each.version)
+            if load is not None and each.prefix is not None:
+                load.learn(each.prefix)
+            if each.served:
+                charges += self._charges(worker, each.version, each.served)
+        return charges
+
+    def _charges(self, worker: Worker, version: str, served: Iterable[Served]) -> list[Charge]:
+        if worker.accounts is not None and len(worker.accounts) > ACCOUNTS_MAX:
+            worker.accounts = None
+        begun = worker.accounts is not None
+        if worker.accounts is None:
+            worker.accounts = {}
+        charges: list[Charge] = []
+        for line in served:
+            if line.priority > PRIORITY_LAST:
+                continue
+            account = (version, line.tenant, line.priority)
+            before = worker.accounts.get(account, (0, 0))
+            now = (max(line.prompt_tokens, before[0]), max(line.generated_tokens, before[1]))
+            worker.accounts[account] = now
+            if begun and now != before:
+                band = line.priority or PRIORITY_DEFAULT
+                charges.append(Charge(version, band, line.tenant, now[0] - before[0], now[1] - before[1]))
+        return charges
+
     def went_stale(self, worker: Worker, now: float) -> set[str]:
         """Too long without a report."""
         worker.stale = True
@@ -153,25 +216,39 @@ class Fleet:
 
     # Leases.
 
-    def lease(self, entry: Entry, load: Load, now: float) -> None:
-        """The request goes to this worker: deduct it until a report lists it."""
+    def lease(self, entry: Entry, load: Load, matched: int, now: float) -> None:
+        """The request goes to this worker, which holds `matched` names of its prefix: deduct it until a
+        report lists it.
+        """
+        request, pool = entry.request, load.pool
         self._uses += 1
         load.worker.last_used = self._uses
+        entry.matched = matched
+        entry.uncached_tokens = max(request.prompt_tokens - matched * PREFIX_TOKENS, 1)
+        entry.first_there = not load.backlog_tokens
         self._attach(entry, load.worker)
-        load.deduct(entry.request.prompt_tokens, 1)
+        load.deduct(request.prompt_tokens, entry.uncached_tokens, 1)
+        load.late += entry.late
+        load.note_prompt(pool.pace.work(entry.uncached_tokens, request.prompt_tokens), now)
+        pool.pace.sent(entry.uncached_tokens, request.prompt_tokens)
+        pool.prefixes.expect(load.holder, request.prefix)
         load.refresh(now)
 
     def move(self, entry: Entry, served_by: str, now: float) -> set[str]:
         """The proxy had the request served by another worker."""
         touched = self.release(entry, now)
+        entry.first_there = False
         worker = self.workers.get(served_by)
         if worker is None:
             return touched
         self._attach(entry, worker)
+        if (load := worker.loads.get(entry.request.model)) is not None:
+            load.late += entry.late
+        entry.matched, entry.uncached_tokens = 0, entry.request.prompt_tokens
         if entry.request.request_id in worker.active:
             del worker.unlisted[entry.ticket]
-        elif (load := worker.loads.get(entry.request.model)) is not None:
-            load.deduct(entry.request.prompt_tokens, 1)
+        elif load is not None:
+            load.deduct(entry.request.prompt_tokens, entry.uncached_tokens, 1)
             load.refresh(now)
         return touched
 
@@ -181,14 +258,45 @@ class Fleet:
         if worker is None:
             return set()
         worker.leases -= 1
-        if worker.unlisted.pop(entry.ticket, None) is None:
-            return set()
+        unlisted = worker.unlisted.pop(entry.ticket, None) is not None
         load = worker.loads.get(entry.request.model)
         if load is None:
             return set()
-        load.deduct(entry.request.prompt_tokens, -1)
+        load.late = max(load.late - entry.late, 0)
+        load.pool.prefixes.ended(load.holder, entry.request.prefix)
+        if not unlisted:
+            return set()
+        load.deduct(entry.request.prompt_tokens, entry.uncached_tokens, -1)
         load.refresh(now)
         return {entry.request.model}
+
+    def answered(self, entry: Entry, now: float) -> None:
+        """Its first token came by."""
+        entry.answered_at = now
+        pool = self.pools.get(entry.request.model)
+        if pool is not None and entry.first_there:
+            pool.pace.prefilled(entry.uncached_tokens, entry.request.prompt_tokens, now - entry.leased_at)
+
+    def decoded(self, entry: Entry, now: float) -> None:
+        """Its last token came by."""
+        pool = self.pools.get(entry.request.model)
+        if pool is not None and entry.answered_at:
+            pool.pace.decoded(now - entry.answered_at)
+
+    def settle(self, entry: Entry, usage: Usage | None) -> None:
+        """What a request cost is known, and charged to its tenant, before its worker's reports say so."""
+        worker, request = entry.worker, entry.request
+        if usage is None or worker is None:
+            return
+        if worker.accounts is not None:
+            account = (request.model, request.tenant, request.priority)
+            prompt_tokens, generated_tokens = worker.accounts.get(account, (0, 0))
+            computed = usage.prompt_tokens - usage.cached_prompt_tokens
+            worker.accounts[account] = (prompt_tokens + computed, generated_tokens + usage.completion_tokens)
+        load = worker.loads.get(request.model)
+        held = usage.cached_prompt_tokens // PREFIX_TOKENS
+        if load is not None and held < entry.matched and not load.holder.tells:
+            load.pool.prefixes.evicted(load.holder, request.prefix[held : entry.matched])
 
     def _attach(self, entry: Entry, worker: Worker) -> None:
         entry.worker = worker
@@ -206,7 +314,7 @@ class Fleet:
         load.clear_deductions()
         for entry in load.worker.unlisted.values():
             if entry.request.model == load.pool.model:
-                load.deduct(entry.request.prompt_tokens, 1)
+                load.deduct(entry.request.prompt_tokens, entry.uncached_tokens, 1)
 
     def _drop_loads(self, worker: Worker, versions: Iterable[str], now: float) -> set[str]:
         touched: set[str] = set()

@@ -5,9 +5,11 @@ It keeps queues, counters and tenants in step with each request's state, and dec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from services.batcher.core.entry import Entry
 from services.batcher.core.lifecycle import Happening, State
-from services.batcher.core.messages import Usage
+from services.batcher.core.messages import PREFIX_TOKENS, Usage
 from services.batcher.core.queue import ModelQueue
 from services.batcher.core.tenants import Tenants
 
@@ -18,7 +20,17 @@ class Counters:
     arrived = waiting + cancelled + refused + dispatched, and dispatched = leased + completed.
     """
 
-    __slots__ = ("arrived", "cancelled", "completed", "dispatched", "refused", "served_elsewhere")
+    __slots__ = (
+        "arrived",
+        "cancelled",
+        "completed",
+        "dispatched",
+        "matched_tokens",
+        "placed_tokens",
+        "promoted",
+        "refused",
+        "served_elsewhere",
+    )
 
     def __init__(self) -> None:
         self.arrived = 0
@@ -27,6 +39,12 @@ class Counters:
         self.cancelled = 0
         """Left while waiting."""
         self.served_elsewhere = 0
+        self.promoted = 0
+        """Moved up a band after a long wait."""
+        self.placed_tokens = 0
+        """Prompt tokens of what was dispatched."""
+        self.matched_tokens = 0
+        """Those of them that the chosen worker's cache was thought to hold."""
         self.refused: dict[str, int] = {}
         """By reason."""
 
@@ -44,7 +62,9 @@ class Counters:
 class Ledger:
     """Who is here, and in which state."""
 
-    def __init__(self, tenants_max: int) -> None:
+    def __init__(self, tenants_max: int, weights: Mapping[str, float]) -> None:
+        self._tenants_max = tenants_max
+        self._weights = weights
         self.entries: dict[int, Entry] = {}
         """All that wait or are placed, by ticket."""
         self.leased: dict[int, Entry] = {}
@@ -52,9 +72,13 @@ class Ledger:
         self.newest: dict[str, Entry] = {}
         """By request id, the stay that began last."""
         self.queues: dict[str, ModelQueue] = {}
-        """By model; only those with someone in them outlive `tidy`."""
-        self.tenants = Tenants(tenants_max)
+        """By model; only those in which somebody waits or runs outlive `tidy`."""
+        self.tenants = Tenants(tenants_max, weights)
         self.counters = Counters()
+
+    def waited_for(self) -> int:
+        """Models that somebody waits for."""
+        return sum(1 for queue in self.queues.values() if queue)
 
     def waiting(self) -> list[Entry]:
         """All that wait, in the order of entering."""
@@ -70,7 +94,7 @@ class Ledger:
         request = entry.request
         queue = self.queues.get(request.model)
         if queue is None:
-            queue = self.queues[request.model] = ModelQueue(request.model)
+            queue = self.queues[request.model] = ModelQueue(request.model, self._weights, self._tenants_max)
         queue.push(entry)
         self.entries[entry.ticket] = self.newest[request.request_id] = entry
         self.tenants.queued(request.tenant)
@@ -81,11 +105,14 @@ class Ledger:
         queue = self.queues[entry.request.model]
         queue.remove(entry)
         queue.note_placed(now)
+        queue.placed(entry, entry.flow.expected_cost(entry.uncached_tokens, entry.request.max_new_tokens))
         entry.lease_id = lease_id
         entry.leased_at = now
         self.leased[entry.ticket] = entry
         self.tenants.placed(entry.request.tenant)
         self.counters.dispatched += 1
+        self.counters.placed_tokens += entry.request.prompt_tokens
+        self.counters.matched_tokens += min(entry.matched * PREFIX_TOKENS, entry.request.prompt_tokens)
 
     def refuse(self, entry: Entry, reason: str) -> None:
         """It waited and is refused."""
@@ -103,20 +130,32 @@ class Ledger:
         """It was placed and its stream ended."""
         entry.move(Happening.CLOSED)
         del self.leased[entry.ticket]
+        queue = self.queues[entry.request.model]
+        # Given back first: for a moment both would count, and a counter never falls.
+        entry.flow.lead(-entry.cost)
+        entry.cost = 0.0
+        if usage is not None:
+            entry.flow.note_output(usage.completion_tokens)
+            entry.flow.serve(usage.prompt_tokens - usage.cached_prompt_tokens, usage.completion_tokens)
+        queue.ended(entry)
         self._forget(entry)
         self.tenants.ended(entry.request.tenant, usage)
         self.counters.completed += 1
 
     def tidy(self, queue: ModelQueue) -> bool:
-        """Drop the queue if nobody waits in it; whether it was dropped."""
+        """Whether nobody waits in the queue. It is dropped when nobody runs either."""
         if queue:
             return False
-        queue.watched = False
-        self.queues.pop(queue.model, None)
+        queue.watched_until = None
+        queue.stop_aging()
+        if not queue.leases:
+            self.queues.pop(queue.model, None)
         return True
 
     def _unqueue(self, entry: Entry) -> None:
-        self.queues[entry.request.model].remove(entry)
+        queue = self.queues[entry.request.model]
+        queue.remove(entry)
+        queue.let_go(entry)
         self.tenants.left(entry.request.tenant)
         self._forget(entry)
 

@@ -7,6 +7,7 @@ new one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from typing import NamedTuple
 PRIORITY_DEFAULT = 2
 PRIORITY_LAST = 4
 """Bands 1 (most urgent) to 4, as in loom.inference.v1.Priority; 0 is taken as the default."""
+PREFIX_TOKENS = 512
+"""Prompt tokens that each name in `Request.prefix` adds to the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +29,30 @@ class Limits:
     """A request waits no longer than this for a model that no live worker serves or loads."""
     report_stale_s: float
     """A worker that was silent for this long is not chosen until it reports."""
+    loading_hold_s: float
+    """A request waits no longer than this while its model is only being loaded."""
+    age_promote_s: float
+    """A request that waited so long in its band moves up one, though never into the first."""
+    affinity_hold_s: float
+    """A request waits no longer than this for a worker that holds its prefix while another is free."""
+    late_hold_s: float
+    """The same for a request whose wish for a first token cannot be met any more."""
     queue_depth_max: int
     """Requests that may wait for one model."""
     queue_prompt_tokens_max: int
     """Prompt tokens that may wait for one model; one request may always wait."""
+    queue_bytes_max: int
+    """Bytes of requests that the proxy may hold meanwhile for one model."""
+    band_shares: tuple[float, ...]
+    """How much of each bound of a queue one band may fill, the most urgent first."""
+    tenant_share: float
+    """How much of each bound of a queue one tenant may fill."""
     queues_max: int
     """Models that requests may wait for at once."""
     tenants_max: int
     """Tenants that are remembered; the idle ones are forgotten first."""
+    tenant_weights: Mapping[str, float]
+    """Shares of tenants beside each other; 1 for those not named."""
 
 
 class Request(NamedTuple):
@@ -51,7 +70,14 @@ class Request(NamedTuple):
     prompt_tokens: int
     max_new_tokens: int
     attempt: int = 1
-    prefix: tuple[bytes, ...] = ()
+    prefix: tuple[int, ...] = ()
+    """Names of the prompt's first 512, 1,024, … tokens: the same number means the same tokens."""
+    deadline_unix_ms: int = 0
+    """The deadline as the caller said it: replicas order by it alike."""
+    ttft_slo_ms: int = 0
+    """From arrival to the first token, as the caller wishes; 0: no wish."""
+    size_bytes: int = 0
+    """Of the message that the proxy holds meanwhile."""
 
 
 class ModelState(Enum):
@@ -66,6 +92,25 @@ class ModelState(Enum):
 
 COMING = (ModelState.FETCHING, ModelState.LOADING)
 """States that become READY by themselves."""
+
+
+class Served(NamedTuple):
+    """Tokens that a worker computed for one tenant in one band since its boot."""
+
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    """Those not found in a cache."""
+    generated_tokens: int
+
+
+class PrefixChanges(NamedTuple):
+    """Which prefixes a worker's cache holds, as numbers of `Request.prefix`."""
+
+    whole: bool
+    """`stored` is all there is."""
+    stored: tuple[int, ...] = ()
+    evicted: tuple[int, ...] = ()
 
 
 class ModelReport(NamedTuple):
@@ -86,6 +131,21 @@ class ModelReport(NamedTuple):
     prefill_tokens_per_s: float = 0.0
     """0: nothing was measured yet."""
     sequences_max: int = 0
+    decode_tokens_per_s: float = 0.0
+    """Of all sequences together; 0: nothing was measured yet."""
+    step_tokens_max: int = 0
+    """Tokens that one step may hold; 0: unknown."""
+    prefix_queried_tokens: int = 0
+    """Of prompts begun there, since boot."""
+    prefix_hit_tokens: int = 0
+
+
+class ModelNews(NamedTuple):
+    """What a report says of a model only when it changed."""
+
+    version: str
+    prefix: PrefixChanges | None = None
+    served: tuple[Served, ...] = ()
 
 
 class LoadReport(NamedTuple):
@@ -95,6 +155,7 @@ class LoadReport(NamedTuple):
     draining: bool
     models: tuple[ModelReport, ...]
     active_request_ids: tuple[str, ...] = ()
+    news: tuple[ModelNews, ...] = ()
 
 
 class Usage(NamedTuple):

@@ -1,167 +1,215 @@
-"""The workers that have one model, the candidates among them in order of load.
+"""The workers that have one model: who of them can take a request, and who should.
 
-The measure of load is the delay in seconds that a new sequence would meet there: prompt tokens ahead
-of it over the worker's prefill speed, and a term that grows without bound as sequences or blocks run
-out (the "least load" measure of SMG, the SGLang model gateway). Equal loads go to the worker used
-longest ago.
+What a request costs on a worker is `load.py`'s. A choice looks at the workers that hold some of the
+prompt's prefix and at the `CANDIDATES_MAX` least loaded ones, so that it costs about the same with thirty
+workers and with three hundred. A request may be told to wait for a busy worker, when that costs less
+than any that is open: one that holds its prefix, or one where it harms fewer others.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
-from services.batcher.core.messages import COMING, ModelReport, ModelState
+from services.batcher.core.load import UNLIMITED_TOKENS, Load
+from services.batcher.core.messages import COMING, PREFIX_TOKENS, ModelReport, Request
+from services.batcher.core.pace import Pace
+from services.batcher.core.prefixes import Prefixes
 
 if TYPE_CHECKING:
     from services.batcher.core.fleet import Worker
 
-CROWDING_S = 0.15
-"""Delay that half-full stands for."""
-CROWDING_SHARE_MAX = 0.99
+CANDIDATES_MAX = 8
+"""Least loaded open workers that a choice looks at; a late request looks at all."""
+MATCHES_MAX = 16
+"""Workers with the longest matches that a choice looks at."""
 PREFILL_TOKENS_PER_S_UNMEASURED = 2_000.0
-"""Assumed until a worker has measured itself."""
-UNLIMITED_TOKENS = 1 << 62
+"""Assumed until some worker has measured itself."""
+SPEED_WEIGHT = 0.01
+"""Share of the newest report in the mean speed of a pool's workers."""
+WAIT_GAIN_S = 0.01
+"""Waiting for a busy worker must promise at least this much."""
 
-Key = tuple[float, int, int, "Load"]
+Key = tuple[float, int, int, Load]
 """(load in seconds, last use, worker's index, load): the index is unique, so `Load`s are never compared."""
 
 
-class Load:
-    """One model on one worker: its latest report less the leases not listed there yet."""
+class Choice(NamedTuple):
+    """Where a request should go. `load` None: nowhere now."""
 
-    __slots__ = (
-        "capacity_tokens",
-        "hopeful",
-        "key",
-        "pending",
-        "pending_blocks",
-        "pending_tokens",
-        "pool",
-        "report",
-        "worker",
-    )
+    load: Load | None
+    matched: int = 0
+    """Names of its prefix that this worker holds."""
+    waits: bool = False
+    """It is worth waiting for the worker; not to be sent there yet."""
 
-    def __init__(self, worker: Worker, pool: Pool, report: ModelReport) -> None:
-        self.worker = worker
-        self.pool = pool
-        self.report = report
-        self.pending = 0
-        self.pending_blocks = 0
-        self.pending_tokens = 0
-        self.key: Key | None = None
-        """Its place among the pool's candidates, if it is one."""
-        self.hopeful = False
-        self.capacity_tokens = 0
 
-    @property
-    def free_sequences(self) -> int:
-        return self.report.free_sequences - self.pending
-
-    @property
-    def free_blocks(self) -> int:
-        return self.report.free_blocks - self.pending_blocks
-
-    def blocks_for(self, prompt_tokens: int) -> int:
-        """Blocks that a prompt needs, with one for the first output."""
-        block_tokens = self.report.block_tokens
-        return -(-prompt_tokens // block_tokens) + 1 if block_tokens else 0
-
-    def fits(self, prompt_tokens: int) -> bool:
-        """Could it start now?"""
-        return (
-            self.report.free_sequences > self.pending
-            and self.report.free_blocks - self.pending_blocks >= self.blocks_for(prompt_tokens)
-        )
-
-    def deduct(self, prompt_tokens: int, sign: int) -> None:
-        """Count (+1) or give back (-1) one lease that no report lists yet."""
-        self.pending += sign
-        self.pending_blocks += sign * self.blocks_for(prompt_tokens)
-        self.pending_tokens += sign * prompt_tokens
-
-    def clear_deductions(self) -> None:
-        self.pending = self.pending_blocks = self.pending_tokens = 0
-
-    def delay_s(self) -> float:
-        """The measure of load; see the module's head."""
-        report = self.report
-        share = 1 - self.free_sequences / max(report.sequences_max, report.free_sequences, 1)
-        if report.total_blocks:
-            share = max(share, 1 - self.free_blocks / report.total_blocks)
-        share = min(max(share, 0.0), CROWDING_SHARE_MAX)
-        backlog = report.queued_prefill_tokens + self.pending_tokens
-        measured = report.prefill_tokens_per_s
-        speed = measured if measured > 0 else PREFILL_TOKENS_PER_S_UNMEASURED
-        return backlog / speed + CROWDING_S * share / (1 - share)
-
-    def refresh(self, now: float) -> None:
-        """Something about it changed: take the right place in its pool, or leave."""
-        worker, report, pool = self.worker, self.report, self.pool
-        usable = worker.usable
-        ready = usable and report.state is ModelState.READY
-        if self.key is not None:
-            pool.discard(self.key)
-            self.key = None
-        if ready and report.free_sequences > self.pending:
-            self.key = (self.delay_s(), worker.last_used, worker.index, self)
-            pool.offer(self.key)
-        pool.count_hope(self, ready or (usable and report.state in COMING), now)
-        pool.note_capacity(self, self._capacity_tokens() if ready else 0)
-
-    def drop(self, now: float) -> None:
-        """The worker does not have this model any more."""
-        pool = self.pool
-        if self.key is not None:
-            pool.discard(self.key)
-            self.key = None
-        del pool.loads[self.worker.endpoint]
-        pool.count_hope(self, False, now)
-        pool.note_capacity(self, 0)
-
-    def _capacity_tokens(self) -> int:
-        report = self.report
-        if not report.block_tokens:
-            return UNLIMITED_TOKENS
-        return max(report.total_blocks - 1, 0) * report.block_tokens
+NOWHERE = Choice(None)
+FAR = float("inf")
 
 
 class Pool:
     """Who has one model version."""
 
     __slots__ = (
-        "_candidates",
+        "_awaited",
+        "_busy",
+        "_by_bit",
+        "_measured",
+        "_open",
         "_starved_tokens",
         "hopeful",
         "hopeless_since",
         "largest_tokens",
         "loads",
         "model",
+        "opened",
+        "pace",
+        "prefixes",
+        "ready",
+        "tokens_per_s",
+        "unready_since",
     )
 
     def __init__(self, model: str, now: float) -> None:
         self.model = model
         self.loads: dict[str, Load] = {}
         """By endpoint."""
+        self.prefixes = Prefixes()
+        self.pace = Pace()
         self.hopeful = 0
         """Usable workers that serve the model or are loading it."""
         self.hopeless_since = now
         """Since when `hopeful` is 0, while it is."""
+        self.ready = 0
+        """Usable workers that serve the model."""
+        self.unready_since = now
+        """Since when `ready` is 0, while it is."""
         self.largest_tokens = 0
         """The longest prompt that any usable worker could ever hold; 0: no worker is ready."""
-        self._candidates: list[Key] = []
+        self.tokens_per_s = PREFILL_TOKENS_PER_S_UNMEASURED
+        """Mean prefill speed of its workers."""
+        self.opened = False
+        """Since the last plan, a worker became open, has room for what had none, or is gone."""
+        self._measured = False
+        self._open: list[Key] = []
+        self._busy: list[Key] = []
+        """Ready workers that are not open."""
+        self._by_bit: dict[int, Load] = {}
+        self._awaited: list[Load] = []
         self._starved_tokens = UNLIMITED_TOKENS
-        """No candidate can hold a prompt of this length or more."""
+        """No open worker can hold a prompt of this length or more."""
 
-    def choose(self, prompt_tokens: int) -> Load | None:
+    @property
+    def open(self) -> int:
+        """Workers that can take a request now."""
+        return len(self._open)
+
+    # Who is here.
+
+    def join(self, worker: Worker, report: ModelReport) -> Load:
+        """A worker has this model from now on."""
+        load = self.loads[worker.endpoint] = Load(worker, self, report)
+        self._by_bit[load.holder.bit] = load
+        return load
+
+    def leave(self, load: Load) -> None:
+        """It does not any more."""
+        del self.loads[load.worker.endpoint]
+        del self._by_bit[load.holder.bit]
+        self.prefixes.leave(load.holder)
+
+    def offer(self, load: Load, key: Key, *, opened: bool) -> None:
+        """A worker is ready, with this key; `opened`: it was not open before."""
+        load.key = key
+        insort(self._open if load.open else self._busy, key)
+        if not load.open:
+            return
+        if opened:
+            self.opened = True
+        if self._starved_tokens < UNLIMITED_TOKENS and load.fits(self._starved_tokens):
+            self._starved_tokens = UNLIMITED_TOKENS
+            self.opened = True
+
+    def discard(self, load: Load) -> None:
+        """Take a worker out before its key changes."""
+        assert load.key is not None, "only a ready worker has a key"
+        keys = self._open if load.open else self._busy
+        del keys[bisect_left(keys, load.key)]
+        load.key = None
+
+    # Where to.
+
+    def choose(self, request: Request, *, patience_s: float, late: bool) -> Choice:
+        """The cheapest worker that can start this now, or one that is worth waiting for, if the prompts
+        ahead of it there take less than `patience_s`: one that holds some of its prefix, or any if it is
+        `late`, which means that it missed its wish for a first token.
+        """
+        tokens = request.prompt_tokens
+        if tokens >= self._starved_tokens:
+            return NOWHERE
+        best, cost_s = NOWHERE, FAR
+        later, later_s = NOWHERE, FAR
+        whole = self.pace.work(tokens, tokens)
+        for load, matched in self._candidates(request, late=late):
+            work = self.pace.work(max(tokens - matched * PREFIX_TOKENS, 1), tokens) if matched else whole
+            own_s = load.late_cost_s(work) if late else load.cost_s(work)
+            if load.open and load.fits(tokens):
+                if own_s < cost_s:
+                    best, cost_s = Choice(load, matched), own_s
+            elif (late or matched) and own_s < later_s and load.wait_s() < patience_s:
+                later, later_s = Choice(load, matched, waits=True), own_s
+        if best.load is None and (best := self._any_open(tokens)).load is None:
+            self._starved_tokens = tokens
+            return NOWHERE
+        if later.load is not None and later_s + WAIT_GAIN_S < cost_s:
+            return self.await_(later, tokens)
+        return best
+
+    def _candidates(self, request: Request, *, late: bool) -> Iterator[tuple[Load, int]]:
+        """(worker, names of the prefix that it holds) of those worth a look."""
+        seen = 0
+        looked_at = 0
+        for bits, matched in reversed(self.prefixes.match(request.prefix)):
+            while bits and looked_at < MATCHES_MAX:
+                bit = bits & -bits
+                bits ^= bit
+                seen |= bit
+                looked_at += 1
+                load = self._by_bit[bit]
+                if load.ready:
+                    yield load, matched
+        # A late one looks for the fewest to harm, another order than the keys', and may wait for them.
+        for keys in (self._open, self._busy) if late else (self._open[:CANDIDATES_MAX],):
+            for key in keys:
+                if not key[3].holder.bit & seen:
+                    yield key[3], 0
+
+    def _any_open(self, tokens: int) -> Choice:
         """The least loaded worker that can start a prompt of this length now."""
-        if prompt_tokens >= self._starved_tokens:
-            return None
-        for key in self._candidates:
-            if key[3].fits(prompt_tokens):
-                return key[3]
-        self._starved_tokens = prompt_tokens
-        return None
+        for key in self._open:
+            if key[3].fits(tokens):
+                return Choice(key[3])
+        return NOWHERE
+
+    def await_(self, choice: Choice, tokens: int) -> Choice:
+        """A request waits for this worker: those that are looked at after it in this plan come behind it."""
+        load = choice.load
+        assert load is not None, "one waits for somebody"
+        if not load.awaited_tokens:
+            self._awaited.append(load)
+        load.awaited_tokens += self.pace.work(max(tokens - choice.matched * PREFIX_TOKENS, 1), tokens)
+        return choice
+
+    def planned(self) -> None:
+        """A plan is made: those who wait for a worker are counted anew in the next one."""
+        for load in self._awaited:
+            load.awaited_tokens = 0.0
+        self._awaited.clear()
+        self.opened = False
+
+    # What is known of all.
 
     def coming(self) -> Load | None:
         """The load nearest to READY, while no worker is ready."""
@@ -170,23 +218,36 @@ class Pool:
         loads = [load for load in self.loads.values() if load.report.state in COMING]
         return max(loads, key=lambda load: load.report.progress, default=None)
 
-    def offer(self, key: Key) -> None:
-        """A worker can take at least one sequence."""
-        insort(self._candidates, key)
-        if key[3].fits(self._starved_tokens):
-            self._starved_tokens = UNLIMITED_TOKENS
+    def prefill_s(self, request: Request) -> float:
+        """Seconds that the prompt takes on a worker with nothing ahead and the longest match; 0 while
+        nothing is known.
+        """
+        matches = self.prefixes.match(request.prefix)
+        matched = matches[-1][1] if matches else 0
+        rest = max(request.prompt_tokens - matched * PREFIX_TOKENS, 1)
+        return self.pace.prefill_s(rest, request.prompt_tokens)
 
-    def discard(self, key: Key) -> None:
-        del self._candidates[bisect_left(self._candidates, key)]
+    def note_speed(self, tokens_per_s: float) -> None:
+        """A worker measured its prefill."""
+        if 0 < tokens_per_s < FAR:
+            weight = SPEED_WEIGHT if self._measured else 1.0
+            self.tokens_per_s += weight * (tokens_per_s - self.tokens_per_s)
+            self._measured = True
 
-    def count_hope(self, load: Load, hopeful: bool, now: float) -> None:
-        """Keep `hopeful` and `hopeless_since`."""
-        if hopeful == load.hopeful:
-            return
-        load.hopeful = hopeful
-        self.hopeful += 1 if hopeful else -1
-        if not self.hopeful:
-            self.hopeless_since = now
+    def count(self, load: Load, *, ready: bool, hopeful: bool, now: float) -> None:
+        """Keep the numbers of workers that serve the model or will, and since when there are none."""
+        if ready != load.ready:
+            load.ready = ready
+            self.ready += 1 if ready else -1
+            # Who waits for a worker that is gone must look again.
+            self.opened = self.opened or not ready
+            if not self.ready:
+                self.unready_since = now
+        if hopeful != load.hopeful:
+            load.hopeful = hopeful
+            self.hopeful += 1 if hopeful else -1
+            if not self.hopeful:
+                self.hopeless_since = now
 
     def note_capacity(self, load: Load, tokens: int) -> None:
         """Keep `largest_tokens`. It walks the pool only when the largest worker shrinks or leaves."""

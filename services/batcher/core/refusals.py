@@ -5,8 +5,9 @@ It decides the wording and the hint, never whether to refuse.
 
 from __future__ import annotations
 
+from services.batcher.core.admission import Full
 from services.batcher.core.entry import Entry
-from services.batcher.core.messages import Limits, ModelState, Reject
+from services.batcher.core.messages import ModelState, Reject
 from services.batcher.core.pool import Pool
 
 RETRY_MIN_S = 0.1
@@ -16,6 +17,7 @@ RETRY_UNKNOWN_S = 1.0
 RETRY_NO_WORKER_S = 2.0
 RETRY_ELSEWHERE_S = 0.1
 """Another replica answers: try at once, but not in a spin."""
+BANDS = ("interactive", "standard", "batch", "sheddable")
 MODEL_CHARS = 19
 """`sha256:` and 12 digits are enough for people."""
 
@@ -45,14 +47,53 @@ def deadline(entry: Entry, now: float) -> Reject:
     return _reject(entry, now, "DEADLINE_UNREACHABLE", message, None, estimate_ms=0)
 
 
-def queue_full(entry: Entry, now: float, what: str, limit: int, drain_estimate_s: float) -> Reject:
-    """`what` names the bound that was reached."""
-    retry_s = retry_hint_s(drain_estimate_s)
-    queue = entry.request.model
+def unreachable(entry: Entry, now: float, estimate_s: float) -> Reject:
+    """Its deadline lies before the first token that it could get."""
+    left_s = entry.request.deadline - now
     message = (
-        f"the queue of model {queue[:MODEL_CHARS]} is full ({what}: {limit:,}); try again in {retry_s:.1f} s"
+        f"the first token is expected in {estimate_s:.3f} s at the present pace and the deadline is in "
+        f"{left_s:.3f} s; allow more time or try again later"
     )
-    return _reject(entry, now, "QUEUE_FULL", message, retry_s, queue=queue, limit=limit)
+    retry_s = retry_hint_s(estimate_s)
+    return _reject(entry, now, "DEADLINE_UNREACHABLE", message, retry_s, estimate_ms=round(estimate_s * 1000))
+
+
+def queues_full(entry: Entry, now: float, limit: int) -> Reject:
+    """Too many models are waited for."""
+    retry_s = retry_hint_s(0.0)
+    message = f"{limit:,} models are waited for already; try again in {retry_s:.1f} s"
+    return _reject(entry, now, "QUEUE_FULL", message, retry_s, queue=entry.request.model, limit=limit)
+
+
+def queue_full(entry: Entry, now: float, bound: Full, drain_estimate_s: float) -> Reject:
+    """`bound` is the one that was reached."""
+    retry_s = retry_hint_s(drain_estimate_s)
+    queue, tenant = entry.request.model, entry.request.tenant
+    limit = f"({bound.what}: {bound.limit:,}); try again in {retry_s:.1f} s"
+    if bound.scope == "tenant":
+        message = f"tenant {tenant!r} holds its share of the queue of model {queue[:MODEL_CHARS]} {limit}"
+        return _reject(entry, now, "TENANT_OVER_SHARE", message, retry_s, tenant=tenant, limit=bound.limit)
+    whose = f"band {BANDS[entry.band - 1]} of the queue" if bound.scope == "band" else "the queue"
+    message = f"{whose} of model {queue[:MODEL_CHARS]} is full {limit}"
+    return _reject(entry, now, "QUEUE_FULL", message, retry_s, queue=queue, limit=bound.limit)
+
+
+def shed(entry: Entry, now: float, drain_estimate_s: float) -> Reject:
+    """It waited, and a more urgent request takes its place in a full queue."""
+    retry_s = retry_hint_s(drain_estimate_s)
+    band = BANDS[entry.band - 1]
+    message = f"the queue is full and more urgent requests came; those of band {band} are dropped first"
+    return _reject(entry, now, "SHED", message, retry_s, priority=band)
+
+
+def not_ready(entry: Entry, now: float, pool: Pool) -> Reject:
+    """The model is being loaded, and that takes too long."""
+    coming = pool.coming()
+    where = f" ({coming.report.progress:.0%} on {coming.worker.endpoint})" if coming is not None else ""
+    waited_s = now - entry.entered
+    model = entry.request.model
+    message = f"model {model[:MODEL_CHARS]} is still being loaded{where} after {waited_s:.1f} s; try again"
+    return _reject(entry, now, "MODEL_NOT_READY", message, RETRY_NO_WORKER_S, model=model)
 
 
 def queue_timeout(entry: Entry, now: float, drain_estimate_s: float) -> Reject:
@@ -87,12 +128,3 @@ def too_large(entry: Entry, now: float, largest_tokens: int) -> Reject:
     return _reject(
         entry, now, "REQUEST_TOO_LARGE", message, None, field="prompt", size=size, limit=largest_tokens
     )
-
-
-def full_reason(limits: Limits, depth: int, tokens: int, prompt_tokens: int) -> tuple[str, int] | None:
-    """Which bound of a queue one more request would break, if any."""
-    if depth >= limits.queue_depth_max:
-        return "requests waiting", limits.queue_depth_max
-    if depth and tokens + prompt_tokens > limits.queue_prompt_tokens_max:
-        return "prompt tokens waiting", limits.queue_prompt_tokens_max
-    return None

@@ -2,21 +2,20 @@
 
 One event and the time go in, the effects to perform come out; every event re-plans only the models
 that it touched. A request is bound late: it waits here until a worker can start it now. Ordering
-inside a model is `queue.py`'s, the choice of a worker `pool.py`'s, the wording of a refusal
-`refusals.py`'s. Bounds: `Limits`; beyond them, leases are bounded by what workers report free.
+inside a model is `queue.py`'s, the bounds `admission.py`'s, the choice of a worker `pool.py`'s, the
+wording of a refusal `refusals.py`'s. Bounds: `Limits`; beyond them, leases are bounded by what workers
+report free, and one plan passes over at most `ASIDE_MAX` requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from services.batcher.core import refusals
+from services.batcher.core import admission, gauges, refusals
 from services.batcher.core.entry import Entry
 from services.batcher.core.fleet import Fleet, Worker
+from services.batcher.core.gauges import Gauges
 from services.batcher.core.ledger import Ledger
 from services.batcher.core.lifecycle import Happening, State
 from services.batcher.core.messages import (
-    Dispatch,
     Effect,
     Limits,
     LoadReport,
@@ -26,17 +25,17 @@ from services.batcher.core.messages import (
     Usage,
     WorkerTurned,
 )
-from services.batcher.core.pool import Load
-from services.batcher.core.queue import ModelQueue
+from services.batcher.core.planner import Planner, Timed
+from services.batcher.core.queue import Aging, ModelQueue
 from services.batcher.core.snapshot import Place, Snapshot, take
 from services.batcher.core.timers import Timers
-
-Timed = Entry | Worker | ModelQueue
 
 
 def _pending(thing: Timed) -> bool:
     if isinstance(thing, Entry):
         return thing.state is State.WAITING
+    if isinstance(thing, ModelQueue):
+        return thing.watched_until is not None
     return thing.watched
 
 
@@ -46,11 +45,10 @@ class Scheduler:
     def __init__(self, limits: Limits, lease_prefix: str) -> None:
         """`lease_prefix` makes lease ids unique over replicas and restarts."""
         self._limits = limits
-        self._lease_prefix = lease_prefix
-        self._lease_count = 0
-        self._ledger = Ledger(limits.tenants_max)
+        self._ledger = Ledger(limits.tenants_max, limits.tenant_weights)
         self._fleet = Fleet()
         self._timers: Timers[Timed] = Timers(_pending)
+        self._planner = Planner(limits, lease_prefix, self._ledger, self._fleet, self._timers)
         self._draining = False
 
     # Requests.
@@ -61,15 +59,17 @@ class Scheduler:
             raise ValueError(f"ticket {ticket} is in use")
         self._ledger.counters.arrived += 1
         entry = Entry(ticket, request, now)
-        refusal = self._refusal_at_arrival(entry, now)
+        effects: list[Effect] = []
+        refusal = self._refusal_at_arrival(entry, now, effects)
         if refusal is not None:
             self._ledger.turn_away(entry, refusal.reason)
-            return [refusal]
+            effects.append(refusal)
+            return effects
         self._ledger.enter(entry)
-        effects: list[Effect] = []
-        self._plan(request.model, now, effects)
+        self._planner.plan(request.model, now, effects, entry)
         if entry.state is State.WAITING:
             self._timers.at(min(request.deadline, entry.entered + self._limits.hold_max_s), entry)
+            self._watch_aging(self._ledger.queues[request.model])
         return effects
 
     def response_seen(self, ticket: int, served_by: str, now: float) -> list[Effect]:
@@ -79,7 +79,7 @@ class Scheduler:
         if entry.state is State.WAITING:
             # The proxy answered by itself: it does not wait any longer.
             self._ledger.leave(entry, Happening.ANSWERED)
-            self._plan(entry.request.model, now, effects)
+            self._planner.plan(entry.request.model, now, effects)
             return effects
         entry.move(Happening.ANSWERED)
         entry.served_by = served_by
@@ -87,7 +87,8 @@ class Scheduler:
         if served_by and served_by != picked:
             self._ledger.counters.served_elsewhere += 1
             effects.append(ServedElsewhere(ticket, picked, served_by))
-            self._plan_all(self._fleet.move(entry, served_by, now), now, effects)
+            self._planner.plan_all(self._fleet.move(entry, served_by, now), now, effects)
+        self._fleet.answered(entry, now)
         return effects
 
     def stream_ended(self, ticket: int, usage: Usage | None, now: float) -> list[Effect]:
@@ -96,10 +97,14 @@ class Scheduler:
         effects: list[Effect] = []
         if entry.state is State.WAITING:
             self._ledger.leave(entry, Happening.CLOSED)
-            self._plan(entry.request.model, now, effects)
+            self._planner.plan(entry.request.model, now, effects)
         else:
+            self._fleet.settle(entry, usage)
+            self._fleet.decoded(entry, now)
+            touched = self._fleet.release(entry, now)
             self._ledger.end(entry, usage)
-            self._plan_all(self._fleet.release(entry, now), now, effects)
+            self._planner.plan_all(touched, now, effects)
+            self._planner.tidy(entry.request.model)
         return effects
 
     def holds(self, ticket: int) -> bool:
@@ -119,13 +124,16 @@ class Scheduler:
             return []
         before = worker.state
         touched = self._fleet.reported(worker, report, now)
+        for charge in self._fleet.news(worker, report.news) if report.news else ():
+            if (queue := self._ledger.queues.get(charge.model)) is not None:
+                queue.charge(charge.band, charge.tenant, charge.prompt_tokens, charge.generated_tokens)
         if not worker.watched:
             worker.watched = True
             self._timers.at(now + self._limits.report_stale_s, worker)
         effects: list[Effect] = []
         if worker.state != before:
             effects.append(WorkerTurned(endpoint, worker.state))
-        self._plan_all(touched, now, effects)
+        self._planner.plan_all(touched, now, effects)
         return effects
 
     def worker_lost(self, endpoint: str, now: float) -> list[Effect]:
@@ -135,7 +143,7 @@ class Scheduler:
             return []
         touched = self._fleet.lost(worker, now)
         effects: list[Effect] = [WorkerTurned(endpoint, worker.state)]
-        self._plan_all(touched, now, effects)
+        self._planner.plan_all(touched, now, effects)
         return effects
 
     def worker_removed(self, endpoint: str, now: float) -> list[Effect]:
@@ -154,8 +162,10 @@ class Scheduler:
                 self._expire(thing, now, effects)
             elif isinstance(thing, Worker):
                 self._check_silence(thing, now, effects)
+            elif isinstance(thing, ModelQueue):
+                self._planner.check_unserved(thing, now, effects)
             else:
-                self._check_hopeless(thing, now, effects)
+                self._promote(thing, now, effects)
         return effects
 
     def next_wake(self) -> float | None:
@@ -171,7 +181,7 @@ class Scheduler:
         self._draining = True
         effects: list[Effect] = []
         for entry in self._ledger.waiting():
-            self._refuse(entry, refusals.draining(entry, now), effects)
+            self._planner.refuse(entry, refusals.draining(entry, now), effects)
         return effects
 
     # What others may know.
@@ -217,72 +227,43 @@ class Scheduler:
         """Everything, for people: walks all queues' heads, all workers, and at most `leases_max` leases."""
         return take(now, self._ledger, self._fleet, leases_max=leases_max, draining=self._draining)
 
+    def gauges(self, now: float) -> Gauges:
+        """What meters show: much less than `snapshot`."""
+        return gauges.read(now, self._ledger, self._fleet)
+
     # Inside.
 
-    def _refusal_at_arrival(self, entry: Entry, now: float) -> Reject | None:
-        request, limits = entry.request, self._limits
+    def _refusal_at_arrival(self, entry: Entry, now: float, effects: list[Effect]) -> Reject | None:
+        """Why a request may not wait. Less urgent ones may be dropped for it, which is told in `effects`."""
+        request, limits, ledger = entry.request, self._limits, self._ledger
         if self._draining:
             return refusals.draining(entry, now)
         if request.deadline <= now:
             return refusals.deadline(entry, now)
-        queue = self._ledger.queues.get(request.model)
+        queue = ledger.queues.get(request.model)
+        if not queue and len(ledger.queues) >= limits.queues_max and ledger.waited_for() >= limits.queues_max:
+            return refusals.queues_full(entry, now, limits.queues_max)
+        estimate_s = admission.estimate_s(queue, self._fleet.pools.get(request.model), entry, now)
+        if now + estimate_s >= request.deadline:
+            return refusals.unreachable(entry, now, estimate_s)
         if queue is None:
-            if len(self._ledger.queues) >= limits.queues_max:
-                return refusals.queue_full(entry, now, "models waited for", limits.queues_max, 0.0)
             return None
-        full = refusals.full_reason(limits, len(queue), queue.prompt_tokens, request.prompt_tokens)
-        if full is not None:
-            return refusals.queue_full(entry, now, full[0], full[1], queue.drain_estimate_s())
+        while (bound := admission.full(limits, queue, entry.band, request)) is not None:
+            victim = queue.least_urgent(entry.band) if bound.scope == "queue" else None
+            if victim is None or not admission.shedding_helps(limits, queue, entry.band, request):
+                return refusals.queue_full(entry, now, bound, queue.drain_estimate_s())
+            self._planner.refuse(victim, refusals.shed(victim, now, queue.drain_estimate_s()), effects)
         return None
-
-    def _plan_all(self, models: Iterable[str], now: float, effects: list[Effect]) -> None:
-        for model in models:
-            self._plan(model, now, effects)
-
-    def _plan(self, model: str, now: float, effects: list[Effect]) -> None:
-        """Place all that can be placed, refuse what never can, and watch over what has no hope."""
-        queue = self._ledger.queues.get(model)
-        if queue is None:
-            self._fleet.forget_pool(model)
-            return
-        pool = self._fleet.pool(model, now)
-        while (entry := queue.head()) is not None:
-            request = entry.request
-            if request.deadline <= now:
-                self._refuse(entry, refusals.deadline(entry, now), effects)
-            elif 0 < pool.largest_tokens < request.prompt_tokens:
-                self._refuse(entry, refusals.too_large(entry, now, pool.largest_tokens), effects)
-            elif (load := pool.choose(request.prompt_tokens)) is None:
-                break
-            elif load.worker.reported_at + self._limits.report_stale_s <= now:
-                self._turn_stale(load.worker, now, effects)
-            else:
-                self._place(entry, load, now, effects)
-        if self._ledger.tidy(queue):
-            self._fleet.forget_pool(model)
-        else:
-            self._watch_over(queue, now)
-
-    def _place(self, entry: Entry, load: Load, now: float, effects: list[Effect]) -> None:
-        self._lease_count += 1
-        self._ledger.place(entry, f"{self._lease_prefix}-{self._lease_count:x}", now)
-        self._fleet.lease(entry, load, now)
-        endpoint, waited_s = load.worker.endpoint, now - entry.entered
-        effects.append(Dispatch(entry.ticket, entry.request, endpoint, entry.lease_id, waited_s))
-
-    def _refuse(self, entry: Entry, refusal: Reject, effects: list[Effect]) -> None:
-        """End a waiting request. The caller plans its model again."""
-        self._ledger.refuse(entry, refusal.reason)
-        effects.append(refusal)
 
     def _expire(self, entry: Entry, now: float, effects: list[Effect]) -> None:
         model = entry.request.model
         if entry.request.deadline <= now:
-            refusal = refusals.deadline(entry, now)
-        else:
-            refusal = refusals.queue_timeout(entry, now, self._ledger.queues[model].drain_estimate_s())
-        self._refuse(entry, refusal, effects)
-        self._plan(model, now, effects)
+            self._planner.refuse(entry, refusals.deadline(entry, now), effects)
+        elif entry.entered + self._limits.hold_max_s <= now:
+            drain_s = self._ledger.queues[model].drain_estimate_s()
+            self._planner.refuse(entry, refusals.queue_timeout(entry, now, drain_s), effects)
+        # Otherwise it waited for a worker with its prefix, and takes another one now.
+        self._planner.plan(model, now, effects)
 
     def _check_silence(self, worker: Worker, now: float, effects: list[Effect]) -> None:
         silent_until = worker.reported_at + self._limits.report_stale_s
@@ -290,31 +271,23 @@ class Scheduler:
         if worker.watched:
             self._timers.at(silent_until, worker)
         elif worker.alive:
-            self._turn_stale(worker, now, effects)
+            self._planner.turn_stale(worker, now, effects)
+            # Those who waited for it because it holds their prefix may go elsewhere.
+            self._planner.plan_all(list(worker.loads), now, effects)
 
-    def _turn_stale(self, worker: Worker, now: float, effects: list[Effect]) -> None:
-        for model in self._fleet.went_stale(worker, now):
-            if (queue := self._ledger.queues.get(model)) is not None:
-                self._watch_over(queue, now)
-        effects.append(WorkerTurned(worker.endpoint, worker.state))
+    def _watch_aging(self, queue: ModelQueue) -> None:
+        """A timer moves up those who wait for long in a low band."""
+        due = queue.promotion_due(self._limits.age_promote_s)
+        queue.aging.watched = queue.aging.watched or due is not None
+        if due is not None and not queue.aging.timed:
+            queue.aging.timed = True
+            self._timers.at(due, queue.aging)
 
-    def _watch_over(self, queue: ModelQueue, now: float) -> None:
-        """While no worker serves or loads a model, a timer refuses those who waited long enough for one."""
-        if queue and not queue.watched and not self._fleet.pool(queue.model, now).hopeful:
-            queue.watched = True
-            self._timers.at(now + self._limits.no_worker_hold_s, queue)
-
-    def _check_hopeless(self, queue: ModelQueue, now: float, effects: list[Effect]) -> None:
-        queue.watched = False
-        pool, hold_s = self._fleet.pool(queue.model, now), self._limits.no_worker_hold_s
-        if pool.hopeful:
-            return
-        if pool.hopeless_since + hold_s <= now:
-            for entry in queue.held_for(hold_s, now):
-                self._refuse(entry, refusals.no_capacity(entry, now, pool), effects)
-        oldest = queue.oldest()
-        if oldest is not None:
-            queue.watched = True
-            self._timers.at(max(oldest.entered, pool.hopeless_since) + hold_s, queue)
-        elif self._ledger.tidy(queue):
-            self._fleet.forget_pool(queue.model)
+    def _promote(self, aging: Aging, now: float, effects: list[Effect]) -> None:
+        aging.watched = aging.timed = False
+        moved = aging.queue.promote(self._limits.age_promote_s, now)
+        self._ledger.counters.promoted += moved
+        self._watch_aging(aging.queue)
+        if moved:
+            # Another one is first now, and may fit where the one before did not.
+            self._planner.plan(aging.queue.model, now, effects)

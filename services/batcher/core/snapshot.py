@@ -1,16 +1,26 @@
-"""What the core shows of itself: plain values, copied out, for people and tools."""
+"""What the core shows of itself: plain values, copied out, for people and tools.
+
+Bounds: at most `FLOWS_MAX` flows of a queue, `TENANTS_MAX` tenants, and as many leases as are asked for.
+"""
 
 from __future__ import annotations
 
+from heapq import nlargest
 from itertools import islice
 from typing import NamedTuple
 
 from services.batcher.core.entry import Entry
 from services.batcher.core.fleet import Fleet, Worker
+from services.batcher.core.flows import Flow
 from services.batcher.core.ledger import Counters, Ledger
-from services.batcher.core.pool import Load
+from services.batcher.core.load import Load
 from services.batcher.core.queue import ModelQueue
 from services.batcher.core.tenants import Tenant
+
+FLOWS_MAX = 64
+"""The deepest of a queue."""
+TENANTS_MAX = 1_000
+"""Those with work first."""
 
 
 class Place(NamedTuple):
@@ -27,6 +37,17 @@ class Place(NamedTuple):
     """Of that load, 0 to 1."""
 
 
+class FlowView(NamedTuple):
+    """One tenant's waiting requests in one band."""
+
+    band: int
+    tenant: str
+    depth: int
+    virtual_tokens: float
+    """Tokens served over weight: the least of a band goes first."""
+    weight: float
+
+
 class QueueView(NamedTuple):
     """One model's queue."""
 
@@ -35,6 +56,12 @@ class QueueView(NamedTuple):
     prompt_tokens: int
     oldest_wait_s: float
     depth_by_priority: dict[int, int]
+    oldest_wait_by_priority: dict[int, float]
+    running: int
+    flows: list[FlowView]
+    """The deepest first."""
+    dispatch_rate: float
+    """Requests a second while some wait; 0 while it is unknown."""
 
 
 class LoadView(NamedTuple):
@@ -47,6 +74,14 @@ class LoadView(NamedTuple):
     free_sequences: int
     free_blocks: int
     total_blocks: int
+    backlog_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    delay_s: float
+    """For the next request, less its own prompt; 0 while the model is not served there."""
+    known_prefixes: int
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
 
 
 class WorkerView(NamedTuple):
@@ -79,7 +114,10 @@ class TenantView(NamedTuple):
     queued: int
     running: int
     prompt_tokens: int
+    """Those that no cache held."""
     generated_tokens: int
+    weight: float
+    cached_tokens: int
 
 
 class Snapshot(NamedTuple):
@@ -98,25 +136,56 @@ def take(now: float, ledger: Ledger, fleet: Fleet, *, leases_max: int, draining:
     """Copy it all out; of the leases, the `leases_max` oldest."""
     return Snapshot(
         draining=draining,
-        queues=[_queue(queue, now) for queue in ledger.queues.values()],
+        queues=[_queue(queue, now) for queue in ledger.queues.values() if queue or queue.leases],
         workers=[_worker(worker, now) for worker in fleet.workers.values()],
         leases=[_lease(entry, now) for entry in islice(ledger.leased.values(), leases_max)],
         lease_count=len(ledger.leased),
-        tenants=[_tenant(tenant) for tenant in ledger.tenants],
+        tenants=[_tenant(tenant) for tenant in islice(ledger.tenants, TENANTS_MAX)],
         counters=ledger.counters.copy(),
     )
 
 
+def oldest_by_band(queue: ModelQueue, now: float) -> dict[int, float]:
+    """How long each band's oldest has been here. Walks the queue until it has seen every band."""
+    found: dict[int, float] = {}
+    wanted = sum(1 for band in queue.bands if band.depth)
+    for entry in queue.by_ticket.values():
+        if len(found) == wanted:
+            break
+        found.setdefault(entry.band, now - entry.entered)
+    return found
+
+
 def _tenant(tenant: Tenant) -> TenantView:
     return TenantView(
-        tenant.name, tenant.queued, tenant.running, tenant.prompt_tokens, tenant.generated_tokens
+        tenant.name,
+        tenant.queued,
+        tenant.running,
+        tenant.prompt_tokens,
+        tenant.generated_tokens,
+        tenant.weight,
+        tenant.cached_tokens,
     )
 
 
 def _queue(queue: ModelQueue, now: float) -> QueueView:
     oldest = queue.oldest()
-    waited_s = now - oldest.entered if oldest is not None else 0.0
-    return QueueView(queue.model, len(queue), queue.prompt_tokens, waited_s, queue.depth_by_band())
+    deepest = nlargest(FLOWS_MAX, queue.waiting_flows(), key=lambda flow: len(flow[1].keys))
+    return QueueView(
+        queue.model,
+        len(queue),
+        queue.prompt_tokens,
+        now - oldest.entered if oldest is not None else 0.0,
+        queue.depth_by_band(),
+        oldest_by_band(queue, now),
+        queue.leases,
+        [_flow(band, flow) for band, flow in deepest],
+        1 / queue.gap_s if queue.gap_s else 0.0,
+    )
+
+
+def _flow(band: int, flow: Flow) -> FlowView:
+    return FlowView(band, flow.tenant, len(flow.keys), flow.virtual, flow.weight)
 
 
 def _worker(worker: Worker, now: float) -> WorkerView:
@@ -137,6 +206,13 @@ def _load(load: Load) -> LoadView:
         max(load.free_sequences, 0),
         max(load.free_blocks, 0),
         report.total_blocks,
+        load.backlog_tokens,
+        report.prefill_tokens_per_s,
+        report.decode_tokens_per_s,
+        load.delay_s() if load.ready else 0.0,
+        len(load.holder.known),
+        report.prefix_queried_tokens,
+        report.prefix_hit_tokens,
     )
 
 

@@ -1,10 +1,10 @@
-"""What each tenant has waiting and running here, and what it was served: counters for people and,
-later, for fairness. Bounded: the tenants idle for longest are forgotten first.
+"""What each tenant has waiting and running here, and what it was served: counters for people; the fair
+order has accounts of its own (`flows.py`). Bounded: the tenants idle for longest are forgotten first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from services.batcher.core.messages import Usage
 
@@ -12,20 +12,24 @@ from services.batcher.core.messages import Usage
 class Tenant:
     """One tenant's counters."""
 
-    __slots__ = ("generated_tokens", "name", "prompt_tokens", "queued", "running")
+    __slots__ = ("cached_tokens", "generated_tokens", "name", "prompt_tokens", "queued", "running", "weight")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, weight: float) -> None:
         self.name = name
+        self.weight = weight
         self.queued = 0
         self.running = 0
         self.prompt_tokens = 0
+        """Those that no cache held."""
+        self.cached_tokens = 0
         self.generated_tokens = 0
 
 
 class Tenants:
     """All tenants with work, and at most `tenants_max` in all while some are idle."""
 
-    def __init__(self, tenants_max: int) -> None:
+    def __init__(self, tenants_max: int, weights: Mapping[str, float]) -> None:
+        self._weights = weights
         self._tenants_max = tenants_max
         self._busy: dict[str, Tenant] = {}
         self._idle: dict[str, Tenant] = {}
@@ -39,7 +43,8 @@ class Tenants:
         """A request waits."""
         tenant = self._busy.get(name)
         if tenant is None:
-            tenant = self._idle.pop(name) if name in self._idle else Tenant(name)
+            known = self._idle.pop(name, None)
+            tenant = known or Tenant(name, self._weights.get(name, 1.0))
             self._busy[name] = tenant
         tenant.queued += 1
 
@@ -61,6 +66,7 @@ class Tenants:
         tenant.running -= 1
         if usage is not None:
             tenant.prompt_tokens += usage.prompt_tokens - usage.cached_prompt_tokens
+            tenant.cached_tokens += usage.cached_prompt_tokens
             tenant.generated_tokens += usage.completion_tokens
         self._settle(tenant)
 

@@ -25,7 +25,6 @@ from tokenloom.kit.errors import STATUS_DETAILS_KEY, CallError, from_rpc_error
 
 GENERATE = "/loom.worker.v1.WorkerService/Generate"
 
-_serialize = worker_pb2.GenerateRequest.SerializeToString
 _parse = worker_pb2.GenerateResponse.FromString
 _NO_LOGPROBS: tuple[PositionLogprobs, ...] = ()
 
@@ -49,10 +48,12 @@ class GrpcMesh:
         self, request: SequenceRequest, *, timeout_s: float, trace: Sequence[tuple[str, str]]
     ) -> GrpcWorkerStream:
         start: Any = self._pool.next().unary_stream(
-            GENERATE, request_serializer=_serialize, response_deserializer=None
+            GENERATE, request_serializer=None, response_deserializer=None
         )
-        metadata = (*_headers(request).encode(), *trace)
-        return GrpcWorkerStream(start(to_proto(request), metadata=metadata, timeout=timeout_s))
+        # Serialised here and not by gRPC, for its size travels along.
+        message = to_proto(request).SerializeToString()
+        metadata = (*_headers(request, len(message)).encode(), *trace)
+        return GrpcWorkerStream(start(message, metadata=metadata, timeout=timeout_s))
 
 
 class GrpcWorkerStream:
@@ -106,7 +107,7 @@ def to_proto(request: SequenceRequest) -> worker_pb2.GenerateRequest:
     )
 
 
-def _headers(request: SequenceRequest) -> RequestHeaders:
+def _headers(request: SequenceRequest, size_bytes: int) -> RequestHeaders:
     return RequestHeaders(
         request_id=request.request_id,
         arrival_unix_ms=request.arrival_unix_ms,
@@ -118,6 +119,8 @@ def _headers(request: SequenceRequest) -> RequestHeaders:
         max_new_tokens=request.max_new_tokens,
         prefix=request.prefix,
         attempt=request.attempt,
+        ttft_slo_ms=request.ttft_slo_ms,
+        size_bytes=size_bytes,
     )
 
 

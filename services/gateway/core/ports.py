@@ -74,7 +74,9 @@ class SequenceRequest:
     logprobs: bool
     top_logprobs: int
     cache_salt: str
-    prefix: tuple[bytes, ...]
+    prefix: tuple[int, ...]
+    ttft_slo_ms: int = 0
+    """The caller's wish; 0: none."""
 
 
 class WorkerStream(Protocol):

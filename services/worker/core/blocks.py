@@ -6,6 +6,8 @@ refers to it, and a reference may be shared. A free block whose content is known
 memory is the warmest, and then the least recently used known one, the end of a chain before its
 beginning. Whoever holds a block may write only where its content is not known yet.
 
+Of every `stride`-th block of a chain it is noted when it begins and when it ceases to be findable.
+
 Bound: `total` blocks, ids 0 to total - 1; at most one content is kept for each.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from services.worker.core.changes import NetChanges
 from services.worker.core.prefix import Content, same
 
 
@@ -25,10 +28,13 @@ def blocks_for(tokens: int, block_tokens: int) -> int:
 class BlockPool:
     """A fixed number of blocks with reference counts."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, stride: int = 0) -> None:
+        """`stride` 0: no changes are noted."""
         if total < 1:
             raise ValueError(f"a pool needs at least one block, not {total}")
         self.total = total
+        self._stride = stride
+        self._changes: NetChanges[bytes] = NetChanges()
         self._references = [0] * total
         self._blank = list(range(total - 1, -1, -1))
         """Free and of unknown content; the next to take is the last."""
@@ -47,6 +53,15 @@ class BlockPool:
     def findable(self) -> int:
         """Blocks that `find` could name, held or free."""
         return len(self._found)
+
+    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Keys at multiples of `stride` that can be found since the last call, and those no longer."""
+        changes = self._changes
+        if not changes:
+            return [], []
+        taken = changes.gained(), changes.lost()
+        changes.clear()
+        return taken
 
     def references(self, block: int) -> int:
         """How many holders a block has; 0: free."""
@@ -89,7 +104,7 @@ class BlockPool:
         the key, if it is the same.
         """
         self._contents[block] = content
-        twin = self._contents[self._found.setdefault(content.key, block)]
+        twin = self._contents[self._stand(block, content)]
         return twin if same(twin, content) else content
 
     def find(self, content: Content) -> tuple[int, Content] | None:
@@ -99,12 +114,22 @@ class BlockPool:
             return None
         return block, self._contents[block]
 
+    def _stand(self, block: int, content: Content) -> int:
+        """The block that stands for the key: this one, if there was none."""
+        standing = self._found.get(content.key)
+        if standing is not None:
+            return standing
+        self._found[content.key] = block
+        if self._stride and content.depth % self._stride == 0:
+            self._changes.gain(content.key)
+        return block
+
     def _set_free(self, block: int) -> None:
         content = self._contents.get(block)
         if content is None:
             self._blank.append(block)
             return
-        twin = self._found.setdefault(content.key, block)
+        twin = self._stand(block, content)
         if twin == block:
             self._idle[block] = None
             return
@@ -116,5 +141,8 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
-        del self._found[self._contents.pop(block).key]
+        content = self._contents.pop(block)
+        del self._found[content.key]
+        if self._stride and content.depth % self._stride == 0:
+            self._changes.lose(content.key)
         return block

@@ -3,6 +3,10 @@
 Keys are chained hashes, BLAKE2b with an 8-byte digest over the parent's key and the block's ids as
 little-endian uint32: the chain of `tokenloom.contract.prefix`, so that gateway, batcher and engine name
 the same prefix alike. Eight bytes are a name and no proof: `same` compares the tokens themselves.
+
+Every `wire_stride`-th block of a chain has a name that others know, one for each 512 tokens. The end of a
+chain is evicted before its beginning, so such a block stands for all blocks before it (but for a while
+when one of those was evicted and a sequence holds a copy of it, which takes its place afterwards).
 """
 
 from __future__ import annotations
@@ -12,7 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from tokenloom.contract.prefix import BLOCK_TOKENS, WIRE_STRIDE
+
 KEY_BYTES = 8
+
+
+def wire_stride(block_tokens: int) -> int:
+    """Blocks from one name that others know to the next; 0: they know none, for they hash other blocks."""
+    return WIRE_STRIDE if block_tokens == BLOCK_TOKENS else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,11 +34,14 @@ class Content:
     data: bytes
     """The block's ids as little-endian uint32."""
     parent: Content | None
+    depth: int = 0
+    """How many blocks the chain has up to here, this one counted."""
 
     def then(self, tokens: Sequence[int]) -> Content:
         """What the next block holds if it is filled with `tokens`."""
         data = struct.pack(f"<{len(tokens)}I", *tokens)
-        return Content(blake2b(self.key + data, digest_size=KEY_BYTES).digest(), data, self)
+        key = blake2b(self.key + data, digest_size=KEY_BYTES).digest()
+        return Content(key, data, self, self.depth + 1)
 
 
 def root(key: bytes) -> Content:

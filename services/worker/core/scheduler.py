@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from services.worker.core.blocks import BlockPool, blocks_for
 from services.worker.core.chunking import Chunking
 from services.worker.core.plan import Advance, Chunk, Limits, Plan, Room, Verdict
-from services.worker.core.prefix import Content, root
+from services.worker.core.prefix import Content, root, wire_stride
 from services.worker.core.pressure import Pressure
 from services.worker.core.sequence import Event, Sequence, State
 
@@ -48,7 +48,7 @@ class Scheduler:
         self.limits = limits
         self._chunking = Chunking(limits.step_tokens_max, itl_max_ns)
         self._prefix_cache = prefix_cache
-        self._pool = BlockPool(limits.total_blocks)
+        self._pool = BlockPool(limits.total_blocks, wire_stride(limits.block_tokens))
         self._pressure = Pressure(limits.step_tokens_max, limits.sequences_max)
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
@@ -185,6 +185,12 @@ class Scheduler:
             queued_prefill_tokens=prefilling + sum(sequence.pending for sequence in self._waiting),
             cached_blocks=self._pool.findable,
         )
+
+    def prefix_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Whole prefixes of 512, 1,024, … tokens that can be found since the last call, and those that no
+        longer can, by key; none where blocks are of another size than those that others hash.
+        """
+        return self._pool.take_changes()
 
     def _judge(self, sequence: Sequence) -> Verdict:
         length, context = len(sequence.tokens), self.limits.context_length

@@ -29,7 +29,7 @@ from services.worker.engine.runners import make_runner
 from services.worker.engine.sampling import Drawn
 from services.worker.engine.shortage import free_caches, is_shortage
 from services.worker.protocol import Load, Output, Ready, Step, Submit
-from services.worker.stepping import load_of, output_of, refusal, sequence_of
+from services.worker.stepping import load_of, output_of, refusal, sequence_of, step_of
 
 Clock = Callable[[], int]
 """Nanoseconds of a monotonic clock."""
@@ -116,6 +116,7 @@ class Engine:
             memory_bytes=shape.weight_bytes + cache_bytes,
             device=str(self._loaded.device),
             dtype=str(self._loaded.dtype).removeprefix("torch."),
+            step_tokens_max=self.limits.step_tokens_max,
         )
 
     def submit(self, command: Submit) -> Output | None:
@@ -140,7 +141,7 @@ class Engine:
         """Computes one step; without outputs when there was nothing to do."""
         flight = self.begin()
         if flight is None:
-            return Step([], self.load())
+            return self.now([])
         return self.tell(self.settle(self.compute(flight)))
 
     def begin(self) -> Flight | None:
@@ -204,7 +205,11 @@ class Engine:
         """The outputs of a settled step."""
         logprobs, now_ns = landing.drawn.logprobs, landing.ended_ns
         outputs = [output_of(advance, logprobs[advance.row], now_ns) for advance in landing.advances]
-        return Step(outputs + landing.lost, self.load(), landing.step_ns, landing.tokens)
+        return self.now(outputs + landing.lost, landing.step_ns, landing.tokens)
+
+    def now(self, outputs: list[Output], step_ns: int = 0, step_tokens: int = 0) -> Step:
+        """Outputs, the present load and the prefix cache's news since the last `Step`: each must be sent."""
+        return step_of(self._scheduler, self._rates, outputs, step_ns, step_tokens)
 
     def _retreat(self) -> Landing:
         """Memory ran out: nothing of the steps on their way is booked."""

@@ -12,6 +12,8 @@ import time
 import traceback
 from contextlib import closing
 
+import msgspec
+
 from services.worker.engine.config import EngineConfig
 from services.worker.engine.engine import Engine
 from services.worker.engine.errors import EngineError, load_failed
@@ -54,10 +56,10 @@ class EngineLoop:
                 if landing is not None:
                     self._link.send(with_outputs(refused, engine.tell(landing)))
                 elif not pipeline.busy:
-                    self._link.send(Step(refused, engine.load()))
+                    self._link.send(engine.now(refused))
                     self._link.wait()
                 elif refused:
-                    self._link.send(Step(refused, engine.load()))
+                    self._link.send(engine.now(refused))
 
     def _start(self) -> Engine:
         self._link.send(Progress("start", 0.0))
@@ -85,10 +87,10 @@ class EngineLoop:
         if not engine.idle:
             self._link.send(with_outputs(refused, engine.step()))
             return
-        self._link.send(Step(refused, engine.load()))
+        self._link.send(engine.now(refused))
         self._link.wait()
 
 
 def with_outputs(more: list[Output], step: Step) -> Step:
     """A step that also tells of others."""
-    return Step([*more, *step.outputs], step.load, step.step_ns, step.step_tokens) if more else step
+    return msgspec.structs.replace(step, outputs=[*more, *step.outputs]) if more else step

@@ -12,6 +12,7 @@ engine that holds sequences, `STOP_GRACE_S` for an end.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -19,9 +20,11 @@ from typing import Any
 
 from services.worker.front.admission import Admission, Offer
 from services.worker.front.ports import EngineLink, Launch
+from services.worker.front.prefixes import Prefixes
 from services.worker.front.sequence import Sequence
+from services.worker.front.served import ServedTokens
 from services.worker.front.tally import Tally
-from services.worker.protocol import Cancel, Event, Failed, Progress, Ready, Shutdown, Step
+from services.worker.protocol import Cancel, Event, Failed, Load, Progress, Ready, Shutdown, Step
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import REASONS, CallError
 from tokenloom.kit.logs import get_logger
@@ -80,6 +83,8 @@ class Engine:
         self.model = model
         self.admission = admission
         self.tally = Tally()
+        self.served = ServedTokens()
+        self.prefixes = Prefixes()
         self.state = EngineState.LOADING
         self.ready: Ready | None = None
         """What the engine said about itself when it last became ready."""
@@ -95,6 +100,8 @@ class Engine:
         self._link: EngineLink | None = None
         self._failed: Failed | None = None
         self._heard_s = 0.0
+        self._untold: deque[tuple[int, int]] = deque()
+        """(when, tokens) of sequences that were sent and that no step's load holds yet."""
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -123,14 +130,21 @@ class Engine:
             self._moved.clear()
             await self._moved.wait()
 
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens that are not computed yet, those on their way to the engine too."""
+        return self.admission.load.queued_prefill_tokens + sum(tokens for _, tokens in self._untold)
+
     def submit(self, sequence: Sequence) -> Offer:
         """Start a sequence, queue it, or say that it does not fit."""
         offer = self.admission.offer(sequence)
         if offer is Offer.START and not self._send(sequence):
             self.admission.leave(sequence.key)
             return Offer.FULL
-        if offer is not Offer.FULL:
+        if offer is Offer.QUEUE or not sequence.leased:
+            # Whoever gave a lease counts it already; the others learn of it with the next report.
             self._note()
+        self._moved.set()
         return offer
 
     def cancel(self, sequence: Sequence) -> None:
@@ -148,6 +162,7 @@ class Engine:
         submit, sequence.submit = sequence.submit, None
         assert submit is not None, "a sequence is submitted once"
         sequence.submitted_ns = self._clock.unix_ns()
+        self._untold.append((sequence.submitted_ns, sequence.length))
         if len(self.admission.active) == 1:
             self._heard_s = self._clock.monotonic()
         return self._link is not None and self._link.send(submit)
@@ -165,6 +180,7 @@ class Engine:
         elif isinstance(event, Ready):
             self.ready, self.state, self.progress, self.error = event, EngineState.READY, 1.0, None
             self._settled.set()
+            self.prefixes.begin(event.total_blocks)
             self._admit(self.admission.open(event))
             self._note()
         elif isinstance(event, Progress):
@@ -195,13 +211,26 @@ class Engine:
                 sequence.push(output, now_ns)
                 self.tally.began(sequence)
         self.tally.step(tokens, continued, now_ns)
+        if step.prefixes_stored or step.prefixes_evicted:
+            self.prefixes.apply(step.prefixes_stored, step.prefixes_evicted)
         admission = self.admission
-        waited = admission.load.waiting
+        before = admission.load
         admission.settle(step.load)
+        self._forget_told(now_ns - step.step_ns)
         if admission.queued:
             self._admit(admission.admit())
-        if ended or waited != step.load.waiting:
+        if ended or self._has_step_room(before, step.load):
             self._note()
+
+    def _has_step_room(self, before: Load, after: Load) -> bool:
+        """Whether the next step has room for a prompt since now: whoever sends prompts waits for that."""
+        most = self.ready.step_tokens_max if self.ready is not None else 0
+        return after.queued_prefill_tokens < most <= before.queued_prefill_tokens
+
+    def _forget_told(self, begun_ns: int) -> None:
+        """The engine's own numbers hold everything that was sent before its step began."""
+        while self._untold and self._untold[0][0] < begun_ns:
+            self._untold.popleft()
 
     async def _supervise(self, folder: str) -> None:
         deaths = 0
@@ -259,7 +288,9 @@ class Engine:
     def _bury(self, cause: str) -> None:
         """The process is gone: tell everyone who counted on it."""
         self._link = None
+        self._untold.clear()
         held, waiting = self.admission.shut()
+        self.prefixes.end()
         self.state = EngineState.STOPPED if self._stopping.is_set() else EngineState.LOADING
         self.progress = 0.0
         for sequence in held + waiting:

@@ -2,14 +2,24 @@
 
 Reports leave at least `report_interval_s` and at most `heartbeat_s` apart. A listener that reads
 slowly skips to the newest: nothing is queued for it. Nothing is built while nobody listens.
+
+Heartbeats vary by `HEARTBEAT_SPREAD`, so that workers that were started together do not beat together.
+
+Parts of a report are told only when they changed. Who heard the report before gets the changes; who did
+not, because it is new or was slow, gets everything: so what a listener puts together has no gap.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
 
 from tokenloom.kit.clock import Clock
+
+HEARTBEAT_SPREAD = 0.25
+"""A heartbeat comes up to this share of its interval early."""
 
 
 class Published:
@@ -25,17 +35,34 @@ class Published:
         return self._data
 
 
+class Numbered(Protocol):
+    """One report. Numbers grow by one; those of reports that could not be built are skipped."""
+
+    @property
+    def number(self) -> int:
+        """At least 1."""
+        ...
+
+    def changes(self) -> Published:
+        """For who heard the report before this one."""
+        ...
+
+    def everything(self) -> Published:
+        """For who did not. Asked for only while this is the newest report."""
+        ...
+
+
 class Publisher:
     """Pushes what `build` makes to every listener."""
 
     def __init__(
-        self, build: Callable[[], bytes], clock: Clock, *, report_interval_s: float, heartbeat_s: float
+        self, build: Callable[[], Numbered], clock: Clock, *, report_interval_s: float, heartbeat_s: float
     ) -> None:
         self._build = build
         self._clock = clock
         self._interval_s = report_interval_s
         self._heartbeat_s = heartbeat_s
-        self._latest: Published | None = None
+        self._latest: Numbered | None = None
         self._built_s = 0.0
         self._listeners: set[asyncio.Event] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -57,6 +84,7 @@ class Publisher:
     async def listen(self) -> AsyncGenerator[Published, None]:
         """The present state at once, then every report that is pushed; ends with `close`."""
         news = asyncio.Event()
+        heard = -1
         self._listeners.add(news)
         try:
             if self._latest is None or self._due_in_s() <= 0:
@@ -70,8 +98,10 @@ class Publisher:
                 if self._closed:
                     return
                 news.clear()
-                assert self._latest is not None
-                yield self._latest
+                report = self._latest
+                assert report is not None
+                follows, heard = report.number == heard + 1, report.number
+                yield report.changes() if follows else report.everything()
         finally:
             self._listeners.discard(news)
             if not self._listeners:
@@ -90,9 +120,9 @@ class Publisher:
     def _publish(self) -> None:
         # Armed first: a build that fails is logged by the event loop, and the next one is tried.
         self._early = False
-        self._arm(self._heartbeat_s)
+        self._arm(self._heartbeat_s * (1 - random.uniform(0, HEARTBEAT_SPREAD)))
         self._built_s = self._clock.monotonic()
-        self._latest = Published(self._build())
+        self._latest = self._build()
         for news in self._listeners:
             news.set()
 

@@ -1,22 +1,24 @@
 """What a load report says, made from the front's state: no clock, no loop, no sockets.
 
-Generated tokens by tenant are added up only when they are due, `TENANTS_EVERY_MS` apart, so that a
-token costs nothing here; between those times the map is left out, which means "no news".
+What tenants were served and which prefixes are cached is told when it changed, the former
+`SERVED_EVERY_MS` apart at least; otherwise it is left out, which means "no news".
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from itertools import islice
 
+from loom.inference.v1 import inference_pb2
 from loom.worker.v1 import worker_pb2 as pb
 
 from services.worker.front.models import Resident, Stage
+from services.worker.front.prefixes import PrefixNews
+from services.worker.front.publisher import Published
 from services.worker.front.sequence import Sequence
+from services.worker.front.served import Served
 
-TENANTS_EVERY_MS = 250
-TENANTS_MAX = 1024
-"""Tenants whose counters are kept; beyond that the one that ended a sequence longest ago is forgotten."""
+SERVED_EVERY_MS = 250
 ACTIVE_IDS_MAX = 8192
 """Request ids in one report; the engines hold fewer."""
 
@@ -29,29 +31,8 @@ STATES = {
 }
 
 
-class TenantTokens:
-    """Tokens generated since boot, by tenant: those of ended sequences here, of running ones there."""
-
-    def __init__(self) -> None:
-        self._ended: OrderedDict[str, int] = OrderedDict()
-
-    def ended(self, sequence: Sequence) -> None:
-        """A sequence is over: keep what it gave."""
-        self._ended[sequence.tenant] = self._ended.get(sequence.tenant, 0) + sequence.received
-        self._ended.move_to_end(sequence.tenant)
-        if len(self._ended) > TENANTS_MAX:
-            self._ended.popitem(last=False)
-
-    def totals(self, running: Iterable[Sequence]) -> dict[str, int]:
-        """By tenant, with what the running sequences gave so far."""
-        totals = dict(self._ended)
-        for sequence in running:
-            totals[sequence.tenant] = totals.get(sequence.tenant, 0) + sequence.received
-        return totals
-
-
 def resident_model(resident: Resident) -> pb.ResidentModel:
-    """One model's part of the report."""
+    """One model's part of the report, without what is told only when it changed."""
     engine, version = resident.engine, resident.version
     admission, load = engine.admission, engine.admission.load
     message = pb.ResidentModel(
@@ -61,7 +42,7 @@ def resident_model(resident: Resident) -> pb.ResidentModel:
         progress=resident.progress,
         running=admission.running,
         waiting=admission.waiting,
-        queued_prefill_tokens=load.queued_prefill_tokens,
+        queued_prefill_tokens=engine.queued_prefill_tokens,
         prefill_tokens_per_s=load.prefill_tokens_per_s,
         decode_tokens_per_s=load.decode_tokens_per_s,
         cached_blocks=load.cached_blocks,
@@ -75,10 +56,60 @@ def resident_model(resident: Resident) -> pb.ResidentModel:
         message.total_blocks = engine.ready.total_blocks
         message.sequences_max = engine.ready.sequences_max
         message.memory_bytes = engine.ready.memory_bytes
+        message.step_tokens_max = engine.ready.step_tokens_max
     if resident.stage is Stage.READY:
         message.free_sequences = admission.free_sequences()
         message.free_blocks = admission.free_blocks()
     return message
+
+
+class Report:
+    """One report, in the two forms that its listeners need. `message` holds the changes."""
+
+    __slots__ = ("_changes", "_everything", "_residents", "message")
+
+    def __init__(self, message: pb.WatchLoadResponse, residents: list[Resident]) -> None:
+        """`residents` are those of the message's models, in their order."""
+        self.message = message
+        self._residents = residents
+        self._changes: Published | None = None
+        self._everything: Published | None = None
+
+    @property
+    def number(self) -> int:
+        """From 1, within one boot."""
+        return self.message.report.sequence
+
+    def changes(self) -> Published:
+        """What changed since the report before it."""
+        if self._changes is None:
+            self._changes = Published(self.message.SerializeToString())
+        return self._changes
+
+    def everything(self) -> Published:
+        """All that there is to tell; to be asked for before the next report is built."""
+        if self._everything is None:
+            message = pb.WatchLoadResponse.FromString(self.changes().SerializeToString())
+            for model, resident in zip(message.report.models, self._residents, strict=True):
+                model.ClearField("prefix")
+                model.ClearField("served")
+                _tell(model, resident.engine.prefixes.told(), resident.engine.served.all())
+            self._everything = Published(message.SerializeToString())
+        return self._everything
+
+
+def _tell(model: pb.ResidentModel, prefix: PrefixNews | None, served: Iterable[Served]) -> None:
+    if prefix is not None:
+        model.prefix.whole = prefix.whole
+        model.prefix.stored.extend(prefix.stored)
+        model.prefix.evicted.extend(prefix.evicted)
+    for one in served:
+        model.served.add(
+            tenant=one.tenant,
+            priority=inference_pb2.Priority.ValueType(one.priority),
+            prompt_tokens=one.prompt_tokens,
+            generated_tokens=one.generated_tokens,
+        )
 
 
 class ReportBuilder:
@@ -88,30 +119,41 @@ class ReportBuilder:
         self.boot_id = boot_id
         self._free_memory_bytes = free_memory_bytes
         self._sequence = 0
-        self._tenants_due_ms = 0
+        self._served_due_ms = 0
 
     def build(
         self,
         *,
         residents: Iterable[Resident],
-        sequences: Iterable[Sequence],
-        tenants: TenantTokens,
+        held: Collection[tuple[Sequence, Resident]],
         draining: bool,
         unix_ms: int,
-    ) -> pb.LoadReport:
-        """The next report. `sequences` are all that the worker holds, waiting ones included."""
-        held = list(sequences)
+    ) -> Report:
+        """The next report. `held` are all sequences of the worker, waiting ones included."""
         self._sequence += 1
+        models = list(residents)
+        ids = (sequence.request_id for sequence, _ in held)
         report = pb.LoadReport(
             boot_id=self.boot_id,
             sequence=self._sequence,
             draining=draining,
-            models=[resident_model(resident) for resident in residents],
-            active_request_ids=[sequence.request_id for sequence in held[:ACTIVE_IDS_MAX]],
+            models=map(resident_model, models),
+            active_request_ids=islice(ids, ACTIVE_IDS_MAX),
             free_memory_bytes=self._free_memory_bytes(),
             unix_ms=unix_ms,
         )
-        if unix_ms >= self._tenants_due_ms:
-            self._tenants_due_ms = unix_ms + TENANTS_EVERY_MS
-            report.generated_tokens_by_tenant.update(tenants.totals(held))
-        return report
+        served_due = self._served_due(unix_ms)
+        if served_due:
+            for sequence, resident in held:
+                resident.engine.served.count(sequence)
+        for message, resident in zip(report.models, models, strict=True):
+            engine = resident.engine
+            _tell(message, engine.prefixes.take(), engine.served.take() if served_due else ())
+        return Report(pb.WatchLoadResponse(report=report), models)
+
+    def _served_due(self, unix_ms: int) -> bool:
+        # A clock that was set back must not silence it for long.
+        if 0 < self._served_due_ms - unix_ms <= SERVED_EVERY_MS:
+            return False
+        self._served_due_ms = unix_ms + SERVED_EVERY_MS
+        return True

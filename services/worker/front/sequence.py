@@ -39,6 +39,7 @@ class Sequence:
         "_waiter",
         "arrival_ms",
         "cached_prompt_tokens",
+        "counted_tokens",
         "first_ns",
         "key",
         "last_ns",
@@ -85,6 +86,8 @@ class Sequence:
         self.received = 0
         """Tokens drawn here."""
         self.cached_prompt_tokens = 0
+        self.counted_tokens = 0
+        """Those of `received` that its tenant was charged for."""
         self._began = False
         self._tokens: list[int] = []
         self._start = 0

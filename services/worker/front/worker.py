@@ -10,11 +10,9 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterable
 
-from loom.worker.v1 import worker_pb2 as pb
-
 from services.worker.front.admission import Offer
 from services.worker.front.models import Models, Resident, Stage, not_resident
-from services.worker.front.report import ReportBuilder, TenantTokens
+from services.worker.front.report import Report, ReportBuilder
 from services.worker.front.sequence import Sequence
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import CallError
@@ -42,7 +40,6 @@ class Worker:
         self._reports = reports
         self._clock = clock
         self._changed = changed
-        self._tenants = TenantTokens()
         self._keys = itertools.count(1)
         self._held: dict[str, tuple[Sequence, Resident]] = {}
         self._idle = asyncio.Event()
@@ -82,7 +79,7 @@ class Worker:
         entry = self._held.pop(sequence.key, None)
         if entry is None:
             return
-        self._tenants.ended(sequence)
+        entry[1].engine.served.count(sequence)
         entry[1].engine.cancel(sequence)
         if not self._held:
             self._idle.set()
@@ -109,16 +106,14 @@ class Worker:
         await self._idle_within(HAND_BACK_S)
         return len(list(remaining))
 
-    def report(self) -> bytes:
-        """The next load report, serialised as a WatchLoadResponse."""
-        report = self._reports.build(
+    def report(self) -> Report:
+        """The next load report."""
+        return self._reports.build(
             residents=self.models.all(),
-            sequences=self.held,
-            tenants=self._tenants,
+            held=self._held.values(),
             draining=self.draining,
             unix_ms=self._clock.unix_ms(),
         )
-        return pb.WatchLoadResponse(report=report).SerializeToString()
 
     def _break_off(self, sequence: Sequence, error: CallError) -> None:
         entry = self._held.get(sequence.key)

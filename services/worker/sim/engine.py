@@ -6,10 +6,10 @@ from services.worker.core.plan import Advance, Limits, Plan, Verdict
 from services.worker.core.scheduler import Scheduler
 from services.worker.core.sequence import Sequence
 from services.worker.engine.rates import Rates
-from services.worker.protocol import Load, Output, Ready, Submit
+from services.worker.protocol import Load, Output, Ready, Step, Submit
 from services.worker.sim.config import SimConfig
 from services.worker.sim.law import logprobs_at, step_s, token_at
-from services.worker.stepping import load_of, output_of, refusal, sequence_of
+from services.worker.stepping import load_of, output_of, refusal, sequence_of, step_of
 
 
 class SimEngine:
@@ -43,6 +43,7 @@ class SimEngine:
             memory_bytes=0,
             device="sim",
             dtype="none",
+            step_tokens_max=config.step_tokens_max,
         )
 
     def submit(self, command: Submit, now_ns: int) -> Output | None:
@@ -73,6 +74,10 @@ class SimEngine:
         prefilled = plan.tokens - plan.decodes
         self._rates.note(prefilled, plan.decodes, int(self.duration_s(plan) * 1e9))
         return [self._output(advance, now_ns) for advance in advances]
+
+    def tell(self, outputs: list[Output], step_ns: int = 0, step_tokens: int = 0) -> Step:
+        """The message that says so; each must be sent."""
+        return step_of(self._scheduler, self._rates, outputs, step_ns, step_tokens)
 
     def load(self) -> Load:
         """What it can take."""

@@ -10,7 +10,7 @@ import socket
 import time
 
 from services.worker.link import GONE, FrontLink
-from services.worker.protocol import Output, Progress, Step, Submit
+from services.worker.protocol import Output, Progress, Submit
 from services.worker.sim.config import SimConfig
 from services.worker.sim.engine import SimEngine
 
@@ -47,13 +47,13 @@ class SimLoop:
         plan = self._engine.plan(began_ns)
         if not plan:
             # Idle: say once what is free now, then sleep until something comes.
-            self._link.send(Step(outputs, self._engine.load()))
+            self._link.send(self._engine.tell(outputs))
             self._link.wait()
             return
         self._link.pass_time(self._engine.duration_s(plan))
         now_ns = time.monotonic_ns()
         outputs += self._engine.settle(plan, now_ns)
-        self._link.send(Step(outputs, self._engine.load(), now_ns - began_ns, plan.tokens))
+        self._link.send(self._engine.tell(outputs, now_ns - began_ns, plan.tokens))
 
     def _submit(self, command: Submit) -> Output | None:
         return self._engine.submit(command, time.monotonic_ns())

@@ -163,7 +163,7 @@ def request_headers(request_id="r", *, timeout_s=60.0, **changes):
         "priority": 0,
         "prompt_tokens": 10,
         "max_new_tokens": 5,
-        "prefix": (b"01234567",),
+        "prefix": (0x3736353433323130,),
     }
     encoded = {}
     for key, value in RequestHeaders(**(values | changes)).encode():

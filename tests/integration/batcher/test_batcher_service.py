@@ -227,7 +227,7 @@ async def test_queue_and_pick_are_children_of_the_span_in_the_streams_metadata(m
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(telemetry, "tracer", lambda: provider.get_tracer("test"))
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    async with mesh(free=1, queue_depth_max=1) as made:
+    async with mesh(free=1, queue_depth_max=1, tenant_share=1.0) as made:
         placed = await made.open("placed", metadata=[("traceparent", parent)])
         endpoint, added = picked(await placed.answer())
         held = await made.hold("held", metadata=[("traceparent", parent)])
@@ -250,23 +250,26 @@ async def test_queue_and_pick_are_children_of_the_span_in_the_streams_metadata(m
 
 
 async def test_metrics_count_outcomes_and_show_gauges():
-    async with mesh(free=1, queue_depth_max=1) as made:
-        read = made.app._registry.get_sample_value
-        placed = await made.open("placed")
+    async with mesh(free=1, queue_depth_max=1, tenant_share=1.0, tenant_weights={"acme": 2.0}) as made:
+
+        def read(name, **labels):
+            return made.app._registry.get_sample_value(f"tokenloom_batcher_{name}", labels)
+
+        def requests(outcome, reason=""):
+            return read("requests_total", outcome=outcome, reason=reason, band="standard")
+
+        placed = await made.open("placed", tenant="acme")
         picked(await placed.answer())
         held = await made.hold("held")
         refused(await (await made.open("full")).answer())
-        outcomes = {
-            outcome: read("tokenloom_batcher_requests_total", {"outcome": outcome})
-            for outcome in ("dispatched", "QUEUE_FULL")
-        }
-        assert outcomes == {"dispatched": 1, "QUEUE_FULL": 1}
-        assert read("tokenloom_batcher_queue_size") == read("tokenloom_batcher_leases") == 1
-        assert read("tokenloom_batcher_workers", {"state": "alive"}) == 1
+        assert (requests("dispatched"), requests("refused", "QUEUE_FULL")) == (1, 1)
+        assert read("queue_size", band="standard") == read("leases") == 1
+        assert read("queue_duration_seconds_count", band="standard") == 1
+        assert read("workers", state="alive") == read("pool_saturation") == 1
         held.call.cancel()
         await made.until(lambda state: state.counters.cancelled == 1)
-        assert read("tokenloom_batcher_requests_total", {"outcome": "cancelled"}) == 1
+        assert requests("cancelled") == 1
         await placed.response_trailers(worker.Usage(prompt_tokens=9, completion_tokens=3))
         await placed.end()
         await made.until(lambda state: state.counters.completed == 1)
-        assert read("tokenloom_batcher_served_tokens_total", {"kind": "completion"}) == 3
+        assert read("served_tokens_total", tenant="acme", kind="completion") == 3

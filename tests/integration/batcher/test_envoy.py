@@ -38,7 +38,7 @@ async def behind_envoy(tmp_path, **settings):
                 "priority": 2,
                 "prompt_tokens": 3,
                 "max_new_tokens": 1,
-                "prefix": (b"01234567",),
+                "prefix": (0x3736353433323130,),
             }
             metadata = RequestHeaders(**(values | changes)).encode()
             request = worker_pb2.GenerateRequest(request_id=request_id, prompt_token_ids=[1, 2, 3])
@@ -79,7 +79,7 @@ async def test_a_request_may_be_held_past_envoys_message_timeout(tmp_path):
 
 
 async def test_a_refusal_reaches_the_gateway_with_its_details(tmp_path):
-    async with behind_envoy(tmp_path, free=0, queue_depth_max=1) as (made, generate, _):
+    async with behind_envoy(tmp_path, free=0, queue_depth_max=1, tenant_share=1.0) as (made, generate, _):
         held = generate("a")
         await made.until(lambda state: state.queues)
         call = generate("b")

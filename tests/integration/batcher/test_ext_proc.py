@@ -8,6 +8,7 @@ from loom.worker.v1 import worker_pb2 as worker
 
 from tests.integration.batcher.harness import Exchange, http_headers, mesh, picked, refused, request_headers
 from tokenloom.contract import headers as names
+from tokenloom.kit.clock import SystemClock
 
 
 async def test_a_free_worker_is_named_in_the_first_answer():
@@ -44,8 +45,9 @@ async def test_envoy_waits_no_longer_than_the_deadline_and_a_margin():
 
 async def test_requests_are_placed_in_order_of_arrival_over_several_streams():
     async with mesh(free=0) as made:
-        second = await made.hold("second", arrival_unix_ms=2000)
-        first = await made.hold("first", arrival_unix_ms=1000)
+        deadline = SystemClock().unix_ms() + 60_000
+        second = await made.hold("second", arrival_unix_ms=2000, deadline_unix_ms=deadline)
+        first = await made.hold("first", arrival_unix_ms=1000, deadline_unix_ms=deadline)
         await made.workers[0].say(1)
         picked(await first.answer())
         assert [lease.request_id for lease in (await made.state()).leases] == ["first"]
@@ -118,7 +120,7 @@ async def test_a_call_that_envoy_moved_is_charged_to_the_worker_that_answers():
 
 
 async def test_a_full_queue_is_refused_as_an_error_that_a_gateway_can_read():
-    async with mesh(free=0, queue_depth_max=1) as made:
+    async with mesh(free=0, queue_depth_max=1, tenant_share=1.0) as made:
         held = await made.hold("a")
         exchange = await made.open("b")
         response = await exchange.answer()
@@ -186,13 +188,14 @@ async def test_requests_of_a_lost_worker_are_placed_on_another_when_they_come_ag
     async with mesh(workers=2, free=0) as made:
         lost, other = made.workers
         await lost.say(1)
-        first = await made.open("a", arrival_unix_ms=1000)
+        deadline = SystemClock().unix_ms() + 60_000
+        first = await made.open("a", arrival_unix_ms=1000, deadline_unix_ms=deadline)
         assert picked(await first.answer())[0] == lost.endpoint
-        waiting = await made.hold("b", arrival_unix_ms=2000)
+        waiting = await made.hold("b", arrival_unix_ms=2000, deadline_unix_ms=deadline)
         await lost.stop()
         await made.until(lambda state: sum(each.alive for each in state.workers) == 1)
         await first.end()
-        again = await made.hold("a", arrival_unix_ms=1000, attempt=2)
+        again = await made.hold("a", arrival_unix_ms=1000, deadline_unix_ms=deadline, attempt=2)
         await other.say(1)
         assert picked(await again.answer())[0] == other.endpoint
         await other.say(2, active=["a"])

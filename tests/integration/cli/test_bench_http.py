@@ -10,6 +10,8 @@ from tokenloom.bench.stats import Record
 from tokenloom.cli.bench_http import HttpTarget
 from tokenloom.cli.bench_load import RequestFailed
 
+PEERS: list[object] = []
+"""Of every request, in their order."""
 PIECE = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 TIMEOUT_S = 0.5
@@ -19,24 +21,27 @@ async def answer(request: web.Request) -> web.StreamResponse:
     """The model's name says what goes wrong."""
     body = await request.json()
     how = body["model"]
+    assert request.transport is not None
+    PEERS.append(request.transport.get_extra_info("peername"))
     if how == "busy":
         error = {"error": {"message": "full", "type": "rate_limit", "code": "QUEUE_FULL"}}
         return web.json_response(error, status=429)
     if how == "html":
         return web.Response(status=502, text="<html>")
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    if how == "last":
+        response.force_close()
     await response.prepare(request)
     await response.write(PIECE)
     if how == "slow":
         await asyncio.sleep(10 * TIMEOUT_S)
     if how == "reset":
-        assert request.transport is not None
         request.transport.abort()
     elif how == "garbage":
         await response.write(b"data: {\n\n")
     elif how == "failing":
         await response.write(b'data: {"error":{"message":"x","code":"ENGINE_RESTARTED"}}\n\n' + DONE)
-    elif how == "good":
+    elif how in ("good", "last"):
         await response.write(PIECE + DONE)
     await response.write_eof()
     return response
@@ -68,6 +73,7 @@ async def asked(target, model):
     ("model", "error", "pieces"),
     [
         ("good", "", 2),
+        ("last", "", 2),
         ("busy", "QUEUE_FULL", 0),
         ("html", "HTTP_502", 0),
         ("cut", "CUT_OFF", 1),
@@ -80,6 +86,21 @@ async def asked(target, model):
 async def test_every_way_to_fail_has_a_reason(target, model, error, pieces):
     record = await asked(target, model)
     assert (record.error, len(record.pieces_s)) == (error, pieces)
+
+
+async def test_a_connection_is_kept_for_the_next_request_unless_it_was_its_last(target):
+    PEERS.clear()
+    for model in ("good", "busy", "good", "reset", "last", "good"):
+        assert (await asked(target, model)).error in ("", "QUEUE_FULL", "DISCONNECTED")
+    assert len(set(PEERS[:4])) == 1
+    assert len(set(PEERS[3:])) == 3
+
+
+async def test_requests_at_the_same_time_have_connections_of_their_own(target):
+    PEERS.clear()
+    records = await asyncio.gather(*(asked(target, "good") for _ in range(5)))
+    assert [len(record.pieces_s) for record in records] == [2] * 5
+    assert len(set(PEERS)) == 5
 
 
 async def test_a_server_that_is_not_there_is_a_failed_connection():

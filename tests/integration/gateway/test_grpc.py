@@ -30,9 +30,9 @@ async def answer(house, request, **call):
     return [message async for message in house.stub.Generate(request, **call)]
 
 
-async def refusal(house, request):
+async def refusal(house, request, **options):
     with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await answer(house, request)
+        await answer(house, request, **options)
     return failure.value.code(), from_rpc_error(failure.value)
 
 
@@ -113,7 +113,8 @@ async def test_the_mesh_is_told_what_the_batcher_must_know(house):
     request.model = "tiny"
     house.modelstore.models["tiny"].versions[0].manifest.context_length = 4096
     await house.catalogue_changed()
-    await answer(house, request, metadata=[("x-llm-d-inference-fairness-id", "team")], timeout=30)
+    told = [("x-llm-d-inference-fairness-id", "team"), ("x-llm-d-slo-ttft-ms", "750")]
+    await answer(house, request, metadata=told, timeout=30)
     headers = RequestHeaders.parse(house.worker.metadata[-1])
     sent = house.worker.requests[-1]
     ids = list(sent.prompt_token_ids)
@@ -123,7 +124,15 @@ async def test_the_mesh_is_told_what_the_batcher_must_know(house):
     assert 0 < headers.deadline_unix_ms - headers.arrival_unix_ms <= 31_000
     assert headers.prefix == wire_hashes(block_hashes(ids, root_hash(sent.model_version, "salt")))
     assert len(headers.prefix) >= 1
+    assert (headers.ttft_slo_ms, headers.size_bytes) == (750, sent.ByteSize())
     assert (sent.tenant, sent.priority, sent.cache_salt) == ("team", 3, "salt")
+
+
+async def test_a_wish_that_is_no_time_is_refused_by_the_name_of_its_header(house):
+    code, error = await refusal(house, prompt(), metadata=[("x-slo-ttft-ms", "0")])
+    assert (code.name, error.reason) == (INVALID, "FIELD_INVALID")
+    assert [field for field, _ in error.violations] == ["x-slo-ttft-ms"]
+    assert house.worker.requests == []
 
 
 async def test_a_caller_that_leaves_frees_the_call_at_once(house):

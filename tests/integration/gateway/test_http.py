@@ -158,6 +158,23 @@ async def test_two_open_requests_of_one_id_are_two_requests_to_the_mesh(house):
     await asyncio.gather(first, return_exceptions=True)
 
 
+async def test_priority_and_the_wished_time_to_the_first_token_reach_the_batcher(house):
+    await post(house, headers={"x-slo-ttft-ms": "400"}, priority="interactive")
+    await post(house)
+    first, second = house.worker.metadata
+    assert (first["x-loom-priority"], first["x-loom-ttft-slo-ms"]) == ("1", "400")
+    assert second["x-loom-priority"] == "2"
+    assert "x-loom-ttft-slo-ms" not in second
+
+
+async def test_a_wish_that_is_no_time_is_a_400_that_names_the_header(house):
+    status, answer, _ = await post(house, headers={"x-llm-d-slo-ttft-ms": "soon"})
+    got = answer["error"]
+    assert (status, got["code"], got["param"]) == (400, "field_invalid", "x-llm-d-slo-ttft-ms")
+    assert "milliseconds from 1 to 3600000" in got["message"]
+    assert house.worker.requests == []
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code", "param", "says"),
     [

@@ -83,21 +83,41 @@ async def test_listeners_share_reports() -> None:
         assert all(ours[n] == theirs[n] for n in common)
 
 
-async def test_generated_tokens_are_counted_for_each_tenant() -> None:
+def served(report: worker_pb2.LoadReport) -> dict[tuple[str, int], tuple[int, int]]:
+    pairs = [pair for model in report.models for pair in model.served]
+    return {(pair.tenant, pair.priority): (pair.prompt_tokens, pair.generated_tokens) for pair in pairs}
+
+
+async def test_a_new_subscriber_is_told_at_once_what_every_tenant_was_served() -> None:
     async with run_worker() as worker:
-        await worker.client.tokens(worker.client.request("a", tenant="one", max_new_tokens=5))
-        await worker.client.tokens(worker.client.request("b", tenant="one", max_new_tokens=6))
-        await worker.client.tokens(worker.client.request("c", max_new_tokens=7))
-        report = await worker.client.report_when(lambda r: bool(r.generated_tokens_by_tenant))
-        assert dict(report.generated_tokens_by_tenant) == {"one": 11, "default": 7}
+        prompt = list(range(100, 140))
+        for name, tenant, priority, count in (("a", "one", 2, 5), ("b", "one", 1, 6), ("c", "", 2, 7)):
+            request = worker.client.request(
+                name, tenant=tenant, priority=priority, prompt_token_ids=prompt, max_new_tokens=count
+            )
+            await worker.client.tokens(request)
+        first = await worker.client.report_when(lambda _: True)
+        assert served(first) == {("one", 2): (40, 5), ("one", 1): (8, 6), ("default", 2): (8, 7)}
+        again = await worker.client.report_when(lambda _: True)
+        assert served(again) == served(first)
+        assert first.models[0].step_tokens_max == 512
 
 
-async def test_tenant_counters_come_at_most_four_times_a_second() -> None:
+async def test_served_tokens_come_at_most_four_times_a_second_and_only_when_they_changed() -> None:
     async with run_worker(report_interval_ms=5, heartbeat_ms=5) as worker:
-        await worker.client.tokens(worker.client.request())
         async with aclosing(worker.client.reports()) as reports:
-            seen = [r.unix_ms for r in await take(reports, 150) if r.generated_tokens_by_tenant]
-        assert all(b - a >= 250 for a, b in pairwise(seen))
+            call = worker.client.start(worker.client.request(max_new_tokens=8000))
+            running = (await take(reports, 200))[1:]
+            call.cancel()
+            async for report in reports:
+                if not report.active_request_ids:
+                    break
+            ended = await take(reports, 150)
+        told = [(r.unix_ms, served(r)["default", 2]) for r in running if served(r)]
+        assert len(told) >= 2
+        assert all(b[0] - a[0] >= 250 for a, b in pairwise(told))
+        assert all(a[1][1] < b[1][1] for a, b in pairwise(told)), "running sequences count"
+        assert sum(bool(served(r)) for r in ended) <= 1
 
 
 async def test_measured_speeds_are_reported() -> None:

@@ -1,17 +1,22 @@
-"""Worker addresses, load reports, settings, and the views for people."""
+"""Worker addresses, load reports and settings."""
 
 import socket
 
 import pytest
 from loom.worker.v1 import worker_pb2
 
-from services.batcher.adapters import views
 from services.batcher.adapters.discovery import DnsName, parse_workers
 from services.batcher.adapters.reports import load_report
-from services.batcher.core.messages import Dispatch, LoadReport, ModelReport, ModelState, Reject
-from services.batcher.core.snapshot import Place
+from services.batcher.core.messages import (
+    LoadReport,
+    ModelNews,
+    ModelReport,
+    ModelState,
+    PrefixChanges,
+    Served,
+)
 from services.batcher.settings import BatcherSettings
-from tests.unit.batcher.words import MODEL, Desk, request
+from tests.unit.batcher.words import MODEL
 from tokenloom.kit.settings import SettingsError, load_settings
 
 
@@ -72,17 +77,51 @@ def test_a_load_report_is_taken_over_field_by_field():
     wire.models.add(
         version=MODEL, state=worker_pb2.MODEL_STATE_LOADING, progress=0.5, error="e", free_sequences=1,
         free_blocks=2, block_tokens=16, total_blocks=4, running=5, waiting=6, queued_prefill_tokens=7,
-        prefill_tokens_per_s=8.0, sequences_max=9,
+        prefill_tokens_per_s=8.0, sequences_max=9, decode_tokens_per_s=10.0, step_tokens_max=11,
+        prefix_queried_tokens=12, prefix_hit_tokens=13,
     )  # fmt: skip
     wire.models.add(version="unknown state", state=worker_pb2.MODEL_STATE_UNSPECIFIED)
-    model = ModelReport(MODEL, ModelState.LOADING, 0.5, "e", 1, 2, 16, 4, 5, 6, 7, 8.0, 9)
-    assert load_report(wire) == LoadReport("b", True, (model,), ("x", "y"))
+    model = ModelReport(MODEL, ModelState.LOADING, 0.5, "e", 1, 2, 16, 4, 5, 6, 7, 8.0, 9, 10.0, 11, 12, 13)
+    assert load_report(wire) == LoadReport("b", True, (model,), ("x", "y"), ())
+
+
+def test_news_of_a_model_are_there_only_when_the_report_has_some():
+    wire = worker_pb2.LoadReport()
+    ready = worker_pb2.MODEL_STATE_READY
+    wire.models.add(version="silent", state=ready)
+    cached = wire.models.add(version="cached", state=ready)
+    cached.prefix.stored.extend([(1 << 64) - 1, 2])
+    cached.prefix.evicted.append(3)
+    begun = wire.models.add(version="begun", state=ready)
+    begun.prefix.whole = True
+    served = wire.models.add(version="served", state=ready)
+    served.served.add(tenant="acme", priority=1, prompt_tokens=5, generated_tokens=6)
+    unknown = wire.models.add(version="unknown")
+    unknown.prefix.whole = True
+    assert load_report(wire).news == (
+        ModelNews("cached", PrefixChanges(False, ((1 << 64) - 1, 2), (3,))),
+        ModelNews("begun", PrefixChanges(True)),
+        ModelNews("served", None, (Served("acme", 1, 5, 6),)),
+    )
 
 
 def test_settings_reach_the_core_in_its_units():
     env = {"TOKENLOOM_BATCHER_WORKERS": "127.0.0.1:1", "TOKENLOOM_BATCHER_REPORT_STALE_MS": "250"}
     settings = load_settings(BatcherSettings, env)
     assert settings.limits().report_stale_s == 0.25
+
+
+def test_shares_and_weights_are_read_as_json():
+    env = {
+        "TOKENLOOM_BATCHER_WORKERS": "127.0.0.1:1",
+        "TOKENLOOM_BATCHER_BAND_SHARES": "[1, 1, 0.5, 0.25]",
+        "TOKENLOOM_BATCHER_TENANT_WEIGHTS": '{"acme": 2}',
+    }
+    limits = load_settings(BatcherSettings, env).limits()
+    assert (limits.band_shares, limits.tenant_weights) == ((1, 1, 0.5, 0.25), {"acme": 2})
+    for wrong in ("acme=2", '{"acme": 0}', "[1]"):
+        with pytest.raises(SettingsError, match="TENANT_WEIGHTS"):
+            load_settings(BatcherSettings, env | {"TOKENLOOM_BATCHER_TENANT_WEIGHTS": wrong})
 
 
 def test_bad_settings_are_reported_together():
@@ -102,29 +141,3 @@ def test_bad_settings_are_reported_together():
 def test_the_longest_hold_and_its_margin_stay_below_envoys_limit():
     (bound,) = [m.le for m in BatcherSettings.model_fields["hold_max_s"].metadata if hasattr(m, "le")]
     assert bound < 3_590
-
-
-def test_the_state_names_bands_and_counts_refusals():
-    desk = Desk(queue_depth_max=3)
-    desk.report(free=0)
-    for priority in (0, 1, 4, 2):
-        desk.arrive(priority=priority)
-    desk.now += 1.5
-    state = views.state(desk.scheduler.snapshot(desk.now, 10), unix_ms=77)
-    assert state.unix_ms == 77
-    assert dict(state.queues[0].depth_by_priority) == {"standard": 1, "interactive": 1, "sheddable": 1}
-    assert state.queues[0].oldest_wait_ms == 1500
-    assert dict(state.counters.refused) == {"QUEUE_FULL": 1}
-    assert (state.workers[0].alive, state.workers[0].models[0].state) == (True, "ready")
-
-
-def test_a_watcher_is_told_place_load_dispatch_and_refusal():
-    queued, loading = views.news(Place(1, 4, 0.25, 0, "w1", 0.5))
-    assert (queued.queued.position, queued.queued.waited_ms, queued.queued.priority) == (4, 250, 2)
-    assert (loading.loading.endpoint, loading.loading.progress) == ("w1", 0.5)
-    (placed,) = views.news(Place(1, None, 1.0, 2, "w1"))
-    (dispatched,) = views.news(Dispatch(1, request(), "w1", "lease", 1.0))
-    assert placed == dispatched
-    assert dispatched.dispatched.waited_ms == 1000
-    (refused,) = views.news(Reject(1, request(), "SHED", "why", {}, None, 0.0))
-    assert (refused.refused.reason, refused.refused.message) == ("SHED", "why")

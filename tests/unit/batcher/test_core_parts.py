@@ -7,9 +7,10 @@ import pytest
 from services.batcher.core.fleet import Fleet
 from services.batcher.core.lifecycle import TRANSITIONS, Happening, IllegalTransition, State, after
 from services.batcher.core.messages import Usage
+from services.batcher.core.pool import NOWHERE
 from services.batcher.core.tenants import Tenants
 from services.batcher.core.timers import SWEEP_MIN, Timers
-from tests.unit.batcher.words import MODEL, model_report, report
+from tests.unit.batcher.words import MODEL, model_report, report, request
 
 
 @pytest.mark.parametrize("state", State)
@@ -51,7 +52,7 @@ def test_timers_of_things_long_gone_do_not_pile_up():
 
 
 def test_idle_tenants_beyond_the_bound_are_forgotten_and_busy_ones_are_not():
-    tenants = Tenants(2)
+    tenants = Tenants(2, {})
     tenants.queued("busy")
     for name in ("a", "b", "c"):
         tenants.queued(name)
@@ -61,13 +62,14 @@ def test_idle_tenants_beyond_the_bound_are_forgotten_and_busy_ones_are_not():
 
 
 def test_a_tenant_that_comes_back_keeps_its_counters():
-    tenants = Tenants(8)
+    tenants = Tenants(8, {"a": 3.0})
     for _ in range(2):
         tenants.queued("a")
         tenants.placed("a")
         tenants.ended("a", Usage(10, 4, 5))
     (tenant,) = tenants
-    assert (tenant.prompt_tokens, tenant.generated_tokens) == (12, 10)
+    assert (tenant.prompt_tokens, tenant.cached_tokens, tenant.generated_tokens) == (12, 8, 10)
+    assert tenant.weight == 3.0
 
 
 def test_a_measured_speed_that_is_no_number_does_not_break_the_order():
@@ -77,10 +79,12 @@ def test_a_measured_speed_that_is_no_number_does_not_break_the_order():
         worker = fleet.workers[endpoint]
         fleet.reported(worker, report(model_report(4, prefill_tokens_per_s=math.nan)), 0.0)
         fleet.reported(worker, report(model_report(5, prefill_tokens_per_s=math.nan)), 0.0)
-    assert fleet.pools[MODEL].choose(1) is not None
+    pool = fleet.pools[MODEL]
+    for late in (False, True):
+        assert pool.choose(request(), patience_s=1.0, late=late).load is not None
     for worker in fleet.workers.values():
         fleet.lost(worker, 1.0)
-    assert fleet.pools[MODEL].choose(1) is None
+    assert pool.choose(request(), patience_s=1.0, late=False) == NOWHERE
 
 
 def test_the_largest_prompt_follows_workers_that_leave():

@@ -27,8 +27,9 @@ class Room:
     def report(self, free):
         self.driver.reported("w1", report(model_report(free)))
 
-    def counted(self, outcome):
-        return self.registry.get_sample_value("tokenloom_batcher_requests_total", {"outcome": outcome}) or 0
+    def counted(self, outcome, reason=""):
+        labels = {"outcome": outcome, "reason": reason, "band": "standard"}
+        return self.registry.get_sample_value("tokenloom_batcher_requests_total", labels) or 0
 
     def arrive(self, name="a", **fields):
         return self.driver.arrived(request(name, **fields))
@@ -88,7 +89,7 @@ async def test_the_end_of_a_refused_requests_stream_changes_nothing():
     assert stay.decision.reason == "QUEUE_FULL"
     room.driver.answered(stay, "")
     room.driver.ended(stay, None)
-    assert (room.counted("QUEUE_FULL"), room.counted("cancelled")) == (1, 0)
+    assert (room.counted("refused", "QUEUE_FULL"), room.counted("cancelled")) == (1, 0)
 
 
 async def test_a_caller_that_leaves_is_counted_once():

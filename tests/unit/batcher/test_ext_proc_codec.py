@@ -36,8 +36,10 @@ def first_message(clock, **changes):
         "priority": 3,
         "prompt_tokens": 40,
         "max_new_tokens": 8,
-        "prefix": (b"01234567", b"89abcdef"),
+        "prefix": (0x3736353433323130, 0xFEDCBA9876543210),
         "attempt": 2,
+        "ttft_slo_ms": 250,
+        "size_bytes": 4096,
     }
     pairs = [(":path", "/x"), ("user-agent", b"\xff\xfe")]
     for key, value in RequestHeaders(**(values | changes)).encode():
@@ -60,8 +62,23 @@ def test_request_headers_become_a_request_on_the_cores_clock():
     parsed = ext_proc.parse_request(first_message(clock), clock)
     assert parsed.deadline == pytest.approx(clock.monotonic() + 2.5)
     assert parsed._replace(deadline=0.0) == (
-        "r-1", MODEL, "acme", 3, 123, 0.0, 40, 8, 2, (b"01234567", b"89abcdef")
+        "r-1", MODEL, "acme", 3, 123, 0.0, 40, 8, 2, (0x3736353433323130, 0xFEDCBA9876543210),
+        clock.unix_ms() + 2_500, 250, 4096,
     )  # fmt: skip
+
+
+def test_prefixes_are_the_headers_bytes_read_as_little_endian_numbers():
+    clock = FakeClock()
+    message = without(first_message(clock), names.PREFIX_BIN)
+    value = base64.b64encode(b"01234567" + b"\1" + bytes(7))
+    message.request_headers.headers.headers.add(key=names.PREFIX_BIN, raw_value=value)
+    assert ext_proc.parse_request(message, clock).prefix == (int.from_bytes(b"01234567", "little"), 1)
+
+
+def test_a_request_needs_no_wish_no_size_and_no_prefix():
+    clock = FakeClock()
+    parsed = ext_proc.parse_request(first_message(clock, prefix=(), ttft_slo_ms=0, size_bytes=0), clock)
+    assert (parsed.prefix, parsed.ttft_slo_ms, parsed.size_bytes) == ((), 0, 0)
 
 
 REQUIRED = (
@@ -89,6 +106,8 @@ def test_a_missing_header_is_named(missing):
         (names.REQUEST_ID, b"x" * 129),
         (names.PREFIX_BIN, b"###"),
         (names.PREFIX_BIN, base64.b64encode(b"seven77")),
+        (names.TTFT_SLO_MS, b"0"),
+        (names.BYTES, b"many"),
         (names.ARRIVAL_UNIX_MS, b"\xff\xff"),
     ],
 )
@@ -107,8 +126,32 @@ def test_a_message_that_is_no_request_is_refused_by_name_too():
         ext_proc.parse_request(pb.ProcessingRequest(response_headers=pb.HttpHeaders()), FakeClock())
 
 
+def sent(data):
+    """What Envoy reads."""
+    return pb.ProcessingResponse.FromString(data)
+
+
+def whole_pick(endpoint, lease_id, queued_ms):
+    """The oracle: a pick built as one message."""
+    response = pb.ProcessingResponse()
+    mutation = response.request_headers.response.header_mutation
+    for key, value in ((names.DESTINATION, endpoint), (names.LEASE, lease_id), (names.QUEUED_MS, queued_ms)):
+        option = mutation.set_headers.add(append_action=2)
+        option.header.key, option.header.raw_value = key, value.encode()
+    mutation.remove_headers.append(names.PREFIX_BIN)
+    lb = response.dynamic_metadata.fields["envoy.lb"].struct_value
+    lb.fields[names.DESTINATION].string_value = endpoint
+    return response
+
+
+def test_a_pick_put_together_from_parts_is_the_pick_built_as_one_message():
+    for endpoint, lease in (("10.0.0.7:9100", "a-1"), ("[fd00::1]:9100", "a-2"), ("10.0.0.7:9100", "a-3")):
+        data = ext_proc.pick(Dispatch(1, request(), endpoint, lease, 0.0))
+        assert sent(data) == whole_pick(endpoint, lease, "0")
+
+
 def test_a_pick_travels_as_headers_and_as_dynamic_metadata():
-    response = ext_proc.pick(Dispatch(1, request(), "10.0.0.7:9100", "lease-1", 1.2344))
+    response = sent(ext_proc.pick(Dispatch(1, request(), "10.0.0.7:9100", "lease-1", 1.2344)))
     mutation = response.request_headers.response.header_mutation
     assert set_headers(mutation) == {
         names.DESTINATION: b"10.0.0.7:9100",
@@ -121,7 +164,7 @@ def test_a_pick_travels_as_headers_and_as_dynamic_metadata():
 
 
 def test_envoy_is_asked_to_wait_a_little_longer_than_the_core_holds():
-    response = ext_proc.hold(12.5)
+    response = sent(ext_proc.hold(12.5))
     assert response.override_message_timeout.ToMilliseconds() == 17_500
     assert response.WhichOneof("response") is None
 
@@ -129,7 +172,7 @@ def test_envoy_is_asked_to_wait_a_little_longer_than_the_core_holds():
 @pytest.mark.parametrize("reason", sorted(REASONS))
 def test_every_refusal_decodes_to_the_same_error(reason):
     error = CallError(reason, "why, and the cure: ä", metadata={"queue": "q"}, retry_after_s=1.5)
-    immediate = ext_proc.refuse(error).immediate_response
+    immediate = sent(ext_proc.refuse(error)).immediate_response
     added = set_headers(immediate.headers)
     details = added["grpc-status-details-bin"]
     assert b"=" not in details
@@ -182,4 +225,4 @@ def test_more_cached_than_prompt_tokens_are_not_believed():
 def test_every_later_message_has_an_answer_of_its_kind(kind):
     message = pb.ProcessingRequest()
     getattr(message, kind).SetInParent()
-    assert ext_proc.go_on(message).WhichOneof("response") == kind
+    assert sent(ext_proc.go_on(message)).WhichOneof("response") == kind

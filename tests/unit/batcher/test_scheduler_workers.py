@@ -286,7 +286,7 @@ def test_usage_is_charged_to_the_tenant():
     ticket = desk.arrive(name="a", tenant="acme")
     desk.end(ticket, Usage(prompt_tokens=100, cached_prompt_tokens=60, completion_tokens=7))
     (tenant,) = desk.scheduler.snapshot(desk.now, 10).tenants
-    assert tenant == ("acme", 0, 0, 40, 7)
+    assert tenant == ("acme", 0, 0, 40, 7, 1.0, 60)
 
 
 def test_a_snapshot_lists_queues_and_at_most_so_many_leases():

@@ -4,10 +4,13 @@ from services.batcher.core.messages import (
     Dispatch,
     Limits,
     LoadReport,
+    ModelNews,
     ModelReport,
     ModelState,
+    PrefixChanges,
     Reject,
     Request,
+    Served,
 )
 from services.batcher.core.scheduler import Scheduler
 
@@ -20,16 +23,27 @@ def limits(**changes):
     values = {
         "hold_max_s": 60.0,
         "no_worker_hold_s": 5.0,
+        "loading_hold_s": 30.0,
+        "age_promote_s": 1e6,
+        "affinity_hold_s": 1.0,
+        "late_hold_s": 10.0,
         "report_stale_s": 0.2,
         "queue_depth_max": 1000,
         "queue_prompt_tokens_max": 1_000_000,
+        "queue_bytes_max": 1_000_000_000,
+        "band_shares": (1.0, 1.0, 1.0, 1.0),
+        "tenant_share": 1.0,
+        "tenant_weights": {},
         "queues_max": 64,
         "tenants_max": 64,
     }
     return Limits(**(values | changes))
 
 
-def request(name="r", *, model=MODEL, arrival=0, deadline=FAR, prompt=16, priority=0, tenant="default"):
+def request(
+    name="r", *, model=MODEL, arrival=0, deadline=FAR, prompt=16, priority=0, tenant="default", **rest
+):
+    values = {"max_new_tokens": 8} | rest
     return Request(
         request_id=name,
         model=model,
@@ -38,7 +52,7 @@ def request(name="r", *, model=MODEL, arrival=0, deadline=FAR, prompt=16, priori
         arrival_unix_ms=arrival,
         deadline=deadline,
         prompt_tokens=prompt,
-        max_new_tokens=8,
+        **values,
     )
 
 
@@ -53,8 +67,24 @@ def model_report(free=1, *, model=MODEL, blocks=1000, state=ModelState.READY, **
     return ModelReport(version=model, state=state, **(values | rest))
 
 
-def report(*models, boot="boot-1", draining=False, active=()):
-    return LoadReport(boot_id=boot, draining=draining, models=models, active_request_ids=tuple(active))
+def report(*models, boot="boot-1", draining=False, active=(), news=()):
+    return LoadReport(
+        boot_id=boot,
+        draining=draining,
+        models=models,
+        active_request_ids=tuple(active),
+        news=tuple(news),
+    )
+
+
+def stored(*names, model=MODEL, whole=False, evicted=()):
+    """News of a worker's prefix cache."""
+    return ModelNews(model, PrefixChanges(whole, names, tuple(evicted)))
+
+
+def served(*lines, model=MODEL):
+    """News of tokens computed; a line is (tenant, band, prompt tokens, generated tokens) since boot."""
+    return ModelNews(model, None, tuple(Served(*line) for line in lines))
 
 
 class Desk:

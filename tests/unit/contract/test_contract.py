@@ -21,8 +21,10 @@ requests = st.builds(
     priority=st.integers(0, 4),
     prompt_tokens=st.integers(1, 1 << 31),
     max_new_tokens=st.integers(1, 1 << 31),
-    prefix=st.lists(st.binary(min_size=8, max_size=8), max_size=256).map(tuple),
+    prefix=st.lists(st.integers(0, (1 << 64) - 1), max_size=256).map(tuple),
     attempt=st.integers(1, 1 << 16),
+    ttft_slo_ms=st.integers(0, 3_600_000),
+    size_bytes=st.integers(0, 1 << 31),
 )
 
 
@@ -53,6 +55,10 @@ GOOD = RequestHeaders("r", 1, 2, "sha256:0", "default", 2, 3, 4)
         (headers.MAX_NEW_TOKENS, "many"),
         (headers.PREFIX_BIN, b"1234567"),
         (headers.PREFIX_BIN, "*"),
+        (headers.TTFT_SLO_MS, "0"),
+        (headers.TTFT_SLO_MS, "3600001"),
+        (headers.BYTES, "0"),
+        (headers.BYTES, "-5"),
     ],
 )
 def test_a_wrong_header_is_named(name, value):
@@ -66,10 +72,18 @@ def test_a_wrong_header_is_named(name, value):
     assert caught.value.field == name
 
 
+def test_a_wish_and_a_size_are_left_out_where_there_are_none():
+    names_of = {name for name, _ in GOOD.encode()}
+    assert not names_of & {headers.TTFT_SLO_MS, headers.BYTES, headers.PREFIX_BIN}
+    parsed = RequestHeaders.parse(dict(GOOD.encode()))
+    assert (parsed.ttft_slo_ms, parsed.size_bytes, parsed.prefix) == (0, 0, ())
+
+
 def test_encoded_headers_stay_below_the_metadata_limit_of_grpc():
     full = RequestHeaders(
-        "r" * 128, 1 << 53, 1 << 53, "m" * 128, "t" * 128, 4, 1 << 31, 1 << 31, (b"12345678",) * 256
-    )
+        "r" * 128, 1 << 53, 1 << 53, "m" * 128, "t" * 128, 4, 1 << 31, 1 << 31, ((1 << 64) - 1,) * 256,
+        1 << 16, 3_600_000, 1 << 31,
+    )  # fmt: skip
     wire = sum(len(k) + len(v) * (4 / 3 if isinstance(v, bytes) else 1) + 32 for k, v in full.encode())
     assert wire < 8 * 1024
 
@@ -114,4 +128,10 @@ def test_hashes_depend_on_version_and_salt():
 
 def test_the_wire_carries_one_hash_for_each_512_tokens():
     hashes = prefix.block_hashes(range(512 * 3 + 100), prefix.root_hash("a", ""))
-    assert prefix.wire_hashes(hashes) == (hashes[31], hashes[63], hashes[95])
+    wire = prefix.wire_hashes(hashes)
+    assert [number.to_bytes(8, "little") for number in wire] == [hashes[31], hashes[63], hashes[95]]
+
+
+def test_wire_hashes_are_bounded():
+    hashes = [number.to_bytes(8, "big") for number in range(32 * 300)]
+    assert len(prefix.wire_hashes(hashes)) == headers.PREFIX_HASHES_MAX

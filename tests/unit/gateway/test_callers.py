@@ -1,8 +1,8 @@
-"""Who asks: ids and tenants from headers."""
+"""Who asks, and what for: ids, tenants and wishes from headers."""
 
 import pytest
 
-from services.gateway.callers import request_id_of, tenant_of
+from services.gateway.callers import request_id_of, tenant_of, ttft_slo_ms_of
 from services.gateway.core.refusal import Refusal
 
 
@@ -29,3 +29,26 @@ def test_an_id_that_cannot_travel_in_headers_is_refused(value):
 )
 def test_the_tenant_is_the_fairness_id_or_its_older_name(headers, tenant):
     assert tenant_of(headers) == tenant
+
+
+@pytest.mark.parametrize(
+    ("headers", "wish"),
+    [
+        ({}, 0),
+        ({"x-llm-d-slo-ttft-ms": "1"}, 1),
+        ({"x-slo-ttft-ms": b"3600000"}, 3_600_000),
+        ({"x-llm-d-slo-ttft-ms": "250", "x-slo-ttft-ms": "9"}, 250),
+    ],
+)
+def test_the_wished_time_to_the_first_token_is_read_under_both_names(headers, wish):
+    assert ttft_slo_ms_of(headers) == wish
+
+
+@pytest.mark.parametrize("name", ["x-llm-d-slo-ttft-ms", "x-slo-ttft-ms"])
+@pytest.mark.parametrize("value", ["", "0", "-1", "1.5", "soon", "3600001", "²", "9" * 5000, b"\xff"])
+def test_a_wish_that_cannot_be_meant_is_refused_by_the_name_of_its_header(name, value):
+    with pytest.raises(
+        Refusal, match=f"^{name}: must be a whole number of milliseconds from 1 to 3600000"
+    ) as no:
+        ttft_slo_ms_of({name: value})
+    assert (no.value.reason, no.value.metadata) == ("FIELD_INVALID", {"field": name})

@@ -21,6 +21,7 @@ READY = Ready(
     memory_bytes=123,
     device="fake",
     dtype="none",
+    step_tokens_max=512,
 )
 BOUNDS = EngineBounds(restart_backoff_max_s=0.02, load_attempts_max=2, load_timeout_s=60, silence_max_s=10)
 _numbers = itertools.count(1)

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from services.worker.front.admission import Offer
 from services.worker.front.engine import Engine, EngineBounds, EngineState, backoff_s
-from services.worker.protocol import Failed, Output, Progress, Shutdown
+from services.worker.protocol import Failed, Output, Progress, Shutdown, Step
 from tests.unit.worker_front.fakes import (
     BOUNDS,
     READY,
@@ -48,6 +49,12 @@ async def started(
                 engine._link.kill()
 
 
+def told(step: Step, queued_prefill_tokens: int, step_ns: int = 0) -> Step:
+    """The same step with another load and length."""
+    load = msgspec.structs.replace(step.load, queued_prefill_tokens=queued_prefill_tokens)
+    return msgspec.structs.replace(step, load=load, step_ns=step_ns)
+
+
 async def test_step_reaches_the_sequences_that_it_names() -> None:
     async with started() as (engine, _, link):
         one, two = make_sequence(), make_sequence()
@@ -66,6 +73,33 @@ async def test_finished_sequence_gives_its_place_to_the_next() -> None:
         assert [engine.submit(s) for s in (*first, waits)] == [Offer.START, Offer.START, Offer.QUEUE]
         link.say(step(Output(first[0].key, [9], 0, finish="stop"), running=1))
         assert link.submitted == [*(s.key for s in first), waits.key]
+
+
+async def test_prompts_on_their_way_are_queued_until_a_step_that_began_after_them_tells() -> None:
+    clock = FakeClock()
+    async with started(clock) as (engine, _, link):
+        sequence = make_sequence()
+        engine.submit(sequence)
+        assert engine.queued_prefill_tokens == sequence.length
+        # This step began before the prompt was sent, so its load knows nothing of it.
+        link.say(told(step(), 0, step_ns=5_000_000))
+        assert engine.queued_prefill_tokens == sequence.length
+        clock.advance(0.01)
+        link.say(told(step(running=1), 7, step_ns=1_000_000))
+        assert engine.queued_prefill_tokens == 7
+        engine.submit(make_sequence())
+        link.die()
+        await until(lambda: engine.state is EngineState.LOADING)
+        assert engine.queued_prefill_tokens == 0
+
+
+async def test_who_sends_prompts_is_told_when_the_next_step_has_room_again() -> None:
+    news: list[int] = []
+    async with started() as (engine, _, link):
+        engine._changed = lambda: news.append(engine.queued_prefill_tokens)
+        for left in (5_000, READY.step_tokens_max, READY.step_tokens_max - 1, 10):
+            link.say(told(step(running=1), left))
+        assert news == [READY.step_tokens_max - 1]
 
 
 async def test_cancel_is_sent_at_once_and_only_for_what_the_engine_holds() -> None:

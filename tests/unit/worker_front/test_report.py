@@ -1,23 +1,31 @@
-"""What a load report says, and how often it says it."""
+"""What a load report says, and when it says what changed."""
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import aclosing
-
+import msgspec
 from loom.worker.v1 import worker_pb2 as pb
 
 from services.worker.front.models import Resident
 from services.worker.front.ports import ModelVersion
-from services.worker.front.publisher import Publisher
-from services.worker.front.report import TENANTS_EVERY_MS, TENANTS_MAX, ReportBuilder, TenantTokens
+from services.worker.front.report import SERVED_EVERY_MS, Report, ReportBuilder
 from services.worker.front.sequence import Sequence
+from services.worker.front.served import PAIRS_MAX
 from services.worker.protocol import Load, Output
-from tests.unit.worker_front.fakes import READY, FakeLaunch, load, make_engine, make_sequence, until
-from tokenloom.kit.clock import SystemClock
+from tests.unit.worker_front.fakes import READY, FakeLaunch, load, make_engine, make_sequence, step
+from tokenloom.contract.prefix import WIRE_STRIDE
 from tokenloom.kit.errors import CallError
 
 VERSION = ModelVersion(f"sha256:{'a' * 64}", "m", 1000, 512)
+
+
+BIG = msgspec.structs.replace(READY, total_blocks=3 * WIRE_STRIDE + 5)
+
+
+def cached() -> Resident:
+    """One whose cache has room for three prefixes."""
+    model = resident()
+    model.engine._on_event(BIG)
+    return model
 
 
 def resident(*, ready: bool = True) -> Resident:
@@ -28,22 +36,33 @@ def resident(*, ready: bool = True) -> Resident:
     return made
 
 
-def build(builder: ReportBuilder, *sequences: Sequence, now_ms: int = 0, **parts: object) -> pb.LoadReport:
-    values = {"residents": [], "tenants": TenantTokens(), "draining": False, **parts}
-    return builder.build(sequences=sequences, unix_ms=now_ms, **values)  # type: ignore[arg-type]
+def build(
+    builder: ReportBuilder, *held: tuple[Sequence, Resident], now_ms: int = 0, **parts: object
+) -> Report:
+    values = {"residents": [], "draining": False, **parts}
+    return builder.build(held=held, unix_ms=now_ms, **values)  # type: ignore[arg-type]
 
 
-def with_tokens(count: int, tenant: str) -> Sequence:
-    sequence = make_sequence(tenant=tenant)
-    sequence.push(Output(sequence.key, [1] * count, 0), 1)
-    return sequence
+def heard(report: Report, *, before: bool = True) -> pb.ResidentModel:
+    """The only model, as who heard the report before, or did not, reads it."""
+    published = report.changes() if before else report.everything()
+    [model] = pb.WatchLoadResponse.FromString(published.SerializeToString()).report.models
+    return model
+
+
+def told(served: object) -> set[tuple[str, int, int, int]]:
+    return {(s.tenant, s.priority, s.prompt_tokens, s.generated_tokens) for s in served}  # type: ignore[attr-defined]
+
+
+def push(sequence: Sequence, tokens: int, cached: int = 0) -> None:
+    sequence.push(Output(sequence.key, [1] * tokens, 0, cached_prompt_tokens=cached), 1)
 
 
 def test_report_tells_what_the_next_arrival_may_use() -> None:
     model = resident()
     model.engine.admission.offer(make_sequence(prompt=16))
     model.engine.admission.settle(load(running=1, free_blocks=38))
-    [said] = build(ReportBuilder("boot", lambda: 77), residents=[model]).models
+    [said] = build(ReportBuilder("boot", lambda: 77), residents=[model]).message.report.models
     assert (said.version, said.name, said.state) == (VERSION.digest, "m", pb.MODEL_STATE_READY)
     assert (said.free_sequences, said.sequences_max, said.running) == (1, 2, 1)
     assert (said.free_blocks, said.total_blocks, said.block_tokens) == (38, 40, 16)
@@ -55,7 +74,7 @@ def test_report_tells_what_the_prefix_cache_holds_and_found() -> None:
     sequence.push(Output(sequence.key, [1], 0, cached_prompt_tokens=9), 1)
     model.engine.tally.began(sequence)
     model.engine.admission.settle(Load(1, 0, 1, 30, 0, 0.0, 0.0, cached_blocks=12))
-    [said] = build(ReportBuilder("boot", lambda: 0), residents=[model]).models
+    [said] = build(ReportBuilder("boot", lambda: 0), residents=[model]).message.report.models
     assert (said.cached_blocks, said.prefix_queried_tokens, said.prefix_hit_tokens) == (12, 16, 9)
 
 
@@ -64,147 +83,154 @@ def test_model_that_cannot_serve_offers_nothing() -> None:
     failed = resident()
     failed.failure = CallError("DIGEST_MISMATCH", "two\nlines")
     for model, state in ((loading, pb.MODEL_STATE_LOADING), (failed, pb.MODEL_STATE_FAILED)):
-        [said] = build(ReportBuilder("boot", lambda: 0), residents=[model]).models
+        [said] = build(ReportBuilder("boot", lambda: 0), residents=[model]).message.report.models
         assert (said.state, said.free_sequences, said.free_blocks) == (state, 0, 0)
     assert said.error == "two lines"
 
 
+def test_report_tells_how_many_tokens_a_step_may_hold() -> None:
+    model = resident()
+    assert heard(build(ReportBuilder("boot", lambda: 0), residents=[model])).step_tokens_max == 512
+
+
 def test_reports_of_one_boot_are_numbered() -> None:
-    builder = ReportBuilder("boot", lambda: 5)
-    reports = [build(builder, make_sequence(request_id="r"), draining=True) for _ in range(3)]
+    builder, model = ReportBuilder("boot", lambda: 5), resident()
+    held = make_sequence(request_id="r"), model
+    reports = [build(builder, held, draining=True).message.report for _ in range(3)]
     assert [report.sequence for report in reports] == [1, 2, 3]
     assert (reports[0].boot_id, reports[0].draining, reports[0].free_memory_bytes) == ("boot", True, 5)
     assert list(reports[0].active_request_ids) == ["r"]
 
 
-def test_tenant_counters_hold_ended_and_running_sequences_and_only_grow() -> None:
-    builder, tenants = ReportBuilder("boot", lambda: 0), TenantTokens()
-    running, ended = with_tokens(3, "one"), with_tokens(4, "one")
-    tenants.ended(ended)
-    first = build(builder, running, tenants=tenants)
-    assert dict(first.generated_tokens_by_tenant) == {"one": 7}
-    tenants.ended(running)
-    soon = build(builder, tenants=tenants, now_ms=TENANTS_EVERY_MS - 1)
-    assert not soon.generated_tokens_by_tenant
-    later = build(builder, tenants=tenants, now_ms=TENANTS_EVERY_MS)
-    assert dict(later.generated_tokens_by_tenant) == {"one": 7}
+def test_served_tokens_are_those_of_ended_and_running_sequences_by_tenant_and_band() -> None:
+    builder, model = ReportBuilder("boot", lambda: 0), resident()
+    ended = make_sequence(100, tenant="one")
+    push(ended, 4, cached=64)
+    model.engine.served.count(ended)
+    running, other = make_sequence(10, tenant="one"), make_sequence(10, tenant="one", priority=1)
+    waiting = make_sequence(50, tenant="two")
+    push(running, 3)
+    push(other, 1, cached=9)
+    held = [(sequence, model) for sequence in (running, other, waiting)]
+    assert told(heard(build(builder, *held, residents=[model])).served) == {
+        ("one", 2, 36 + 10, 4 + 3),
+        ("one", 1, 1, 1),
+    }
 
 
-def test_tenants_are_bounded() -> None:
-    tenants = TenantTokens()
-    for number in range(TENANTS_MAX + 10):
-        tenants.ended(with_tokens(1, f"t{number}"))
-    totals = tenants.totals([])
-    assert len(totals) == TENANTS_MAX
-    assert "t0" not in totals
+def test_served_tokens_come_at_most_so_often_and_only_those_that_changed() -> None:
+    builder, model = ReportBuilder("boot", lambda: 0), resident()
+    one, two = make_sequence(10, tenant="one"), make_sequence(10, tenant="two")
+    held = [(one, model), (two, model)]
+    push(one, 1)
+    push(two, 1)
+
+    def at(now_ms: int) -> set[tuple[str, int, int, int]]:
+        return told(heard(build(builder, *held, residents=[model], now_ms=now_ms)).served)
+
+    assert at(1000) == {("one", 2, 10, 1), ("two", 2, 10, 1)}
+    push(one, 5)
+    assert at(1000 + SERVED_EVERY_MS - 1) == set()
+    assert at(1000 + SERVED_EVERY_MS) == {("one", 2, 10, 6)}
+    assert at(1000 + 2 * SERVED_EVERY_MS) == set()
+    push(two, 1)
+    assert at(500) == {("two", 2, 10, 2)}, "a clock that was set back silences nothing"
 
 
-def counting() -> tuple[list[int], Publisher]:
-    built: list[int] = []
-
-    def build_next() -> bytes:
-        built.append(len(built))
-        return bytes([len(built)])
-
-    return built, Publisher(build_next, SystemClock(), report_interval_s=0.02, heartbeat_s=0.04)
-
-
-async def test_new_listener_hears_the_present_state_at_once() -> None:
-    built, publisher = counting()
-    async with aclosing(publisher.listen()) as reports:
-        assert (await anext(reports)).SerializeToString() == b"\x01"
-        assert built == [0]
-    await publisher.close()
+def test_who_did_not_hear_the_report_before_is_told_everything_that_was_served() -> None:
+    builder, model = ReportBuilder("boot", lambda: 0), resident()
+    sequence = make_sequence(10, tenant="one")
+    push(sequence, 2)
+    build(builder, (sequence, model), residents=[model])
+    report = build(builder, (sequence, model), residents=[model])
+    assert told(heard(report).served) == set()
+    assert told(heard(report, before=False).served) == {("one", 2, 10, 2)}
 
 
-async def test_all_listeners_get_the_same_built_report() -> None:
-    built, publisher = counting()
-    async with aclosing(publisher.listen()) as one, aclosing(publisher.listen()) as two:
-        await asyncio.gather(anext(one), anext(two))
-        before = len(built)
-        ours, theirs = await asyncio.gather(anext(one), anext(two))
-        assert ours is theirs
-        assert len(built) == before + 1
-    await publisher.close()
+def test_a_sequence_that_ended_stays_counted_once() -> None:
+    model, sequence = resident(), make_sequence(10, tenant="one")
+    served = model.engine.served
+    push(sequence, 2)
+    served.count(sequence)
+    served.count(sequence)
+    push(sequence, 1)
+    served.count(sequence)
+    assert told(served.all()) == {("one", 2, 10, 3)}
 
 
-async def test_a_change_is_pushed_long_before_the_heartbeat() -> None:
-    built: list[int] = []
-
-    def build_next() -> bytes:
-        built.append(len(built))
-        return bytes([len(built)])
-
-    publisher = Publisher(build_next, SystemClock(), report_interval_s=0.001, heartbeat_s=600)
-    async with asyncio.timeout(5), aclosing(publisher.listen()) as reports:
-        await anext(reports)
-        for count in (2, 3):
-            publisher.changed()
-            publisher.changed()
-            assert (await anext(reports)).SerializeToString() == bytes([count])
-    await publisher.close()
-
-
-async def test_a_change_is_not_lost_when_a_new_listener_is_served_first() -> None:
-    built, publisher = counting()
-    async with asyncio.timeout(5), aclosing(publisher.listen()) as one:
-        await anext(one)
-        publisher._heartbeat_s = 600
-        await until(lambda: publisher._due_in_s() <= 0)
-        publisher.changed()
-        async with aclosing(publisher.listen()) as two:
-            await anext(two)
-            count = len(built)
-            publisher.changed()
-            await until(lambda: len(built) > count)
-    await publisher.close()
+def test_tenants_are_bounded_and_those_that_changed_last_are_kept() -> None:
+    served = resident().engine.served
+    first = make_sequence(tenant="t0")
+    push(first, 1)
+    served.count(first)
+    for number in range(1, PAIRS_MAX):
+        sequence = make_sequence(tenant=f"t{number}")
+        push(sequence, 1)
+        served.count(sequence)
+    push(first, 1)
+    served.count(first)
+    late = make_sequence(tenant="late")
+    push(late, 1)
+    served.count(late)
+    tenants = [pair.tenant for pair in served.all()]
+    assert len(tenants) == PAIRS_MAX
+    assert (tenants[0], tenants[-2:]) == ("t2", ["t0", "late"])
+    assert {pair.tenant for pair in served.take()} == set(tenants)
 
 
-async def test_reports_go_on_after_one_that_could_not_be_built() -> None:
-    seen: list[int] = []
-    failures: list[dict[str, object]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, what: failures.append(what))
-
-    def build_next() -> bytes:
-        seen.append(len(seen))
-        if len(seen) == 2:
-            raise ZeroDivisionError
-        return bytes([len(seen)])
-
-    publisher = Publisher(build_next, SystemClock(), report_interval_s=0.001, heartbeat_s=0.01)
-    async with asyncio.timeout(5), aclosing(publisher.listen()) as reports:
-        await anext(reports)
-        assert (await anext(reports)).SerializeToString() == b"\x03"
-    assert len(failures) == 1
-    await publisher.close()
+def stored(model: Resident, *prefixes: int, evicted: tuple[int, ...] = ()) -> None:
+    said = step(free_blocks=40)
+    changes = {"prefixes_stored": list(prefixes), "prefixes_evicted": list(evicted)}
+    model.engine._on_event(msgspec.structs.replace(said, **changes))
 
 
-async def test_nothing_is_built_while_nobody_listens() -> None:
-    built, publisher = counting()
-    async with aclosing(publisher.listen()) as reports:
-        await anext(reports)
-    count = len(built)
-    publisher.changed()
-    await asyncio.sleep(0.06)
-    assert (len(built), publisher.listeners) == (count, 0)
+def test_a_models_first_report_says_that_its_prefixes_are_all_there_is() -> None:
+    builder, model = ReportBuilder("boot", lambda: 0), cached()
+    stored(model, 5)
+    first = heard(build(builder, residents=[model])).prefix
+    assert (first.whole, list(first.stored), list(first.evicted)) == (True, [5], [])
+    assert not heard(build(builder, residents=[model])).HasField("prefix")
 
 
-async def test_slow_listener_skips_to_the_newest() -> None:
-    built, publisher = counting()
-    async with aclosing(publisher.listen()) as reports:
-        await anext(reports)
-        await until(lambda: len(built) >= 4)
-        assert (await anext(reports)).SerializeToString() == bytes([len(built)])
-    await publisher.close()
+def test_a_report_tells_what_changed_since_the_one_before() -> None:
+    builder, model = ReportBuilder("boot", lambda: 0), cached()
+    stored(model, 1, 2)
+    build(builder, residents=[model])
+    stored(model, 3, 4, evicted=(1,))
+    stored(model, 1, evicted=(4, 2))
+    changes = heard(build(builder, residents=[model])).prefix
+    assert (changes.whole, list(changes.stored), list(changes.evicted)) == (False, [3], [2])
 
 
-async def test_close_ends_every_listener() -> None:
-    _, publisher = counting()
+def test_everything_is_what_was_cached_when_the_report_was_built() -> None:
+    builder, model = ReportBuilder("boot", lambda: 0), cached()
+    stored(model, 1, 2)
+    report = build(builder, residents=[model])
+    stored(model, 3, evicted=(1,))
+    whole = heard(report, before=False).prefix
+    assert (whole.whole, set(whole.stored)) == (True, {1, 2})
+    changes = heard(build(builder, residents=[model])).prefix
+    assert (changes.whole, list(changes.stored), list(changes.evicted)) == (False, [3], [1])
 
-    async def listen() -> int:
-        return len([report async for report in publisher.listen()])
 
-    listening = asyncio.create_task(listen())
-    await until(lambda: publisher.listeners == 1)
-    await publisher.close()
-    assert await asyncio.wait_for(listening, 5) >= 0
+def test_an_engine_that_died_has_no_prefixes_and_the_next_report_says_so() -> None:
+    builder, model = ReportBuilder("boot", lambda: 0), cached()
+    stored(model, 1, 2)
+    report = build(builder, residents=[model])
+    model.engine._bury("killed")
+    assert heard(report, before=False).prefix.whole
+    assert not heard(report, before=False).prefix.stored
+    gone = heard(build(builder, residents=[model])).prefix
+    assert (gone.whole, list(gone.stored)) == (True, [])
+    model.engine._on_event(BIG)
+    stored(model, 2)
+    again = heard(build(builder, residents=[model])).prefix
+    assert (again.whole, list(again.stored)) == (True, [2])
+
+
+def test_prefixes_are_bounded_by_the_cache() -> None:
+    model = cached()
+    stored(model, *range(100))
+    stored(model, 200, evicted=(0,))
+    model.engine.prefixes.take()
+    assert model.engine.prefixes.told().stored == [1, 2, 200]
