@@ -108,15 +108,15 @@ async def test_no_request_fails_when_the_batcher_is_killed_under_load(sim_mesh, 
 
 async def test_no_request_fails_when_a_worker_is_killed_before_its_first_token(sim_mesh, batcher):
     pid = sim_mesh.pid("worker-0")
-    # Long prompts: the first token is more than a second away when the worker dies.
+    # Long prompts: the first token is far away when the worker dies, and the others wait for their turn.
     requests = [greedy("hello " * 2000, 5, "sim") for _ in range(12)]
 
-    async def all_placed():
-        return (await batcher.state()).lease_count >= len(requests)
+    async def all_busy():
+        return all(worker.leases for worker in (await batcher.state()).workers)
 
     async with connected(sim_mesh.target) as client:
         load = [asyncio.create_task(client.generate(r)) for r in requests]
-        await eventually(all_placed, "every request is with a worker")
+        await eventually(all_busy, "every worker has a prompt")
         os.kill(pid, signal.SIGKILL)
         answers = await asyncio.gather(*load)
     assert failures(answers) == []

@@ -321,4 +321,7 @@ class Fleet:
         for version in versions:
             worker.loads.pop(version).drop(now)
             touched.add(version)
+            if worker.connected and worker.accounts:
+                # Unloaded: should it be loaded again, its account begins at nothing.
+                worker.accounts = {key: said for key, said in worker.accounts.items() if key[0] != version}
         return touched

@@ -139,6 +139,7 @@ class Planner:
         effects.append(refusal)
 
     def turn_stale(self, worker: Worker, now: float, effects: list[Effect]) -> None:
+        """Nothing was heard of a worker for too long: it is not chosen until it reports."""
         for model in self._fleet.went_stale(worker, now):
             if (queue := self._ledger.queues.get(model)) is not None:
                 self.watch_over(queue, now)
@@ -163,6 +164,7 @@ class Planner:
             self._timers.at(until, queue)
 
     def check_unserved(self, queue: ModelQueue, now: float, effects: list[Effect]) -> None:
+        """Its timer came up: refuse those who waited long enough for a worker that serves the model."""
         queue.watched_until = None
         pool = self._fleet.pool(queue.model, now)
         if pool.ready:

@@ -133,7 +133,9 @@ async def test_frames_for_programs_follow_what_the_batcher_does_until_it_is_inte
         idle = await read_state(command, lambda seen: any(each["alive"] for each in seen["workers"]))
         assert (idle["lease_count"], idle["queues"]) == (0, [])
         async with running_and_waiting(watched):
-            busy = await read_state(command, lambda seen: seen["queues"] and seen["queues"][0]["depth"])
+            busy = await read_state(
+                command, lambda seen: any(each["depth"] and each["running"] for each in seen["queues"])
+            )
         (queue,), (worker,), (lease,) = busy["queues"], busy["workers"], busy["leases"]
         assert (queue["model_version"], queue["running"]) == (MODEL, 1)
         assert queue["depth_by_priority"] == {"batch": 1}

@@ -29,7 +29,7 @@ workers = st.fixed_dictionaries(
         "free": st.integers(0, 8),
         "blocks": st.sampled_from([1000, 500, 40, 5]),
         "queued": st.sampled_from([0, 0, 300, 600, 3000]),
-        "speed": st.sampled_from([0.0, 500.0, 2000.0, 20_000.0]),
+        "speed": st.sampled_from([500.0, 2000.0, 20_000.0]),
         "running": st.integers(0, 3),
         "names": st.lists(st.integers(1, 4), unique=True),
         "sent": st.lists(st.integers(16, 900), max_size=2),
@@ -109,6 +109,14 @@ def test_a_faster_worker_is_worth_more_than_a_free_one_for_a_long_prompt():
     desk.report("fast", report(quick(7, speed=100_000.0)))
     desk.arrive(prompt=10_000)
     assert endpoints(desk) == ["fast"]
+
+
+def test_a_long_prompt_goes_where_fewer_decode_and_would_be_held_up():
+    desk = Desk()
+    desk.report("queue", report(quick(queued_prefill_tokens=1500)))
+    desk.report("decodes", report(quick(running=3)))
+    desk.arrive(prompt=4000)
+    assert endpoints(desk) == ["queue"]
 
 
 def test_a_cached_prefix_is_worth_less_than_a_queue_that_takes_longer():
@@ -250,8 +258,9 @@ def test_nobody_waits_for_a_prefix_when_computing_it_elsewhere_is_quicker():
     assert endpoints(desk) == ["cold"]
 
 
-def test_nobody_waits_for_a_busy_worker_that_holds_nothing_of_it():
+def test_nobody_in_time_waits_for_a_busy_worker_that_holds_nothing_of_it():
     desk = hot_and_cold()
+    desk.report("cold", report(quick(step=512, speed=100.0)))
     desk.arrive(prompt=5200)
     assert endpoints(desk) == ["cold"]
 
@@ -278,6 +287,15 @@ def test_so_many_do_not_wait_for_one_prefix_that_the_last_would_be_quicker_elsew
         desk.arrive(name=f"r{number}", prompt=5120 + 2048, prefix=TEN, arrival=number)
     assert "cold" in endpoints(desk)
     assert desk.scheduler.waiting > 0
+
+
+def test_of_many_that_are_looked_at_together_not_all_wait_for_one_prefix():
+    desk = hot_and_cold(affinity_hold_s=60.0)
+    desk.report("cold", report(quick(step=512, queued_prefill_tokens=1024)))
+    for number in range(8):
+        desk.arrive(name=f"r{number}", prompt=5120 + 2048, prefix=TEN, arrival=number)
+    desk.report("cold", report(quick(step=512)))
+    assert endpoints(desk) == ["cold"]
 
 
 def test_when_the_worker_that_it_waits_for_goes_it_is_placed_at_once():
