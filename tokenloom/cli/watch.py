@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def run(console: Console, interval_s: float, number: int | None, *, as_json: boo
     try:
         with view:
             asyncio.run(_watch_all(watched, mesh.launcher_pid, round(interval_s * 1000), view.tell))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return
 
 
@@ -183,6 +184,11 @@ def _target(process: Process) -> str:
 
 async def _watch_all(watched: Sequence[Process], launcher_pid: int, interval_ms: int, tell: Tell) -> None:
     tasks = [asyncio.create_task(_watch(each, launcher_pid, interval_ms, tell)) for each in watched]
+    running = asyncio.current_task()
+    assert running is not None, "a coroutine runs in a task"
+    # A handler of the loop wakes it whichever thread the signal reaches; while nothing changes, nothing
+    # else would.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, running.cancel)
     try:
         await asyncio.gather(*tasks)
     finally:
