@@ -83,7 +83,7 @@ class Flow:
         return PROMPT_COST * uncached_tokens + OUTPUT_COST * min(mean, output_tokens_max)
 
     def lead(self, cost: float) -> None:
-        """Charge this much ahead; negative: it ended, and what it really took is charged by reports."""
+        """Charge this much ahead; negative: it ended, and what it really took is charged instead."""
         self._lead = max(self._lead + cost, 0.0)
         self._count()
 

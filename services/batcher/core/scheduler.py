@@ -262,7 +262,7 @@ class Scheduler:
         elif entry.entered + self._limits.hold_max_s <= now:
             drain_s = self._ledger.queues[model].drain_estimate_s()
             self._planner.refuse(entry, refusals.queue_timeout(entry, now, drain_s), effects)
-        # Otherwise it waited for a worker with its prefix, and takes another one now.
+        # Otherwise it waits for a busy worker, and is looked at again.
         self._planner.plan(model, now, effects)
 
     def _check_silence(self, worker: Worker, now: float, effects: list[Effect]) -> None:

@@ -1,7 +1,7 @@
 """A worker's load report in the core's words, and when the next one is due.
 
-Reports leave on a change, `REPORT_INTERVAL_S` apart at least, and `HEARTBEAT_S` apart at most, as those
-of a real worker do. Between two changes of who runs, blocks fill with every step; that alone sends no
+Reports leave on a change, `REPORT_INTERVAL_S` apart at least, and `HEARTBEAT_S` apart at most, much as
+those of a real worker do. Between two changes of who runs, blocks fill with every step; that alone sends no
 report before the heartbeat.
 """
 

@@ -141,10 +141,9 @@ class Engine:
         if offer is Offer.START and not self._send(sequence):
             self.admission.leave(sequence.key)
             return Offer.FULL
-        if offer is Offer.QUEUE or not sequence.leased:
+        if offer is Offer.QUEUE or (offer is Offer.START and not sequence.leased):
             # Whoever gave a lease counts it already; the others learn of it with the next report.
             self._note()
-        self._moved.set()
         return offer
 
     def cancel(self, sequence: Sequence) -> None:
