@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PROTOS := $(shell find protos -name '*.proto')
 CPU := services/worker/engine/cpu
+NATIVE := services/batcher/built
 
-.PHONY: help install proto kernels lint test demo bench-peers wire lock clean
+.PHONY: help install proto kernels native lint test demo bench-peers wire lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -37,7 +38,14 @@ $(CPU)/built/.built: $(wildcard $(CPU)/*.h $(CPU)/*.cpp $(CPU)/build.py) $(VENV)
 
 kernels: $(CPU)/built/.built  ## compile the engine's CPU kernels (a C++ compiler, or CXX=)
 
-$(VENV)/.installed: $(VENV)/.locked gen/.built $(CPU)/built/.built pyproject.toml tools/tools.lock
+# The decisions of the batcher; without a C compiler they run as Python, and it is said.
+$(NATIVE)/.built: $(wildcard services/batcher/core/*.py) tools/native.py tokenloom/native.py $(VENV)/.locked
+	$(BIN)/python -m tools.native
+	@mkdir -p $(@D) && touch $@
+
+native: $(NATIVE)/.built  ## compile the batcher's core as it stands, with mypyc (a C compiler)
+
+$(VENV)/.installed: $(VENV)/.locked gen/.built $(CPU)/built/.built $(NATIVE)/.built pyproject.toml tools/tools.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m tools.fetch envoy
 	$(BIN)/python -m tools.fetch model
@@ -68,4 +76,4 @@ lock:  ## resolve requirements.lock anew (needs uv)
 	  -o requirements.lock pyproject.toml
 
 clean:  ## remove what make built
-	rm -rf $(VENV) gen .tools build $(CPU)/built *.egg-info
+	rm -rf $(VENV) gen .tools build $(CPU)/built $(NATIVE) *.egg-info

@@ -72,7 +72,11 @@ def pick(workers: int, rate: float, seconds: float, warm_s: float, step_ms: floa
     asks = [Ask(due_s, rng.choice(TENANTS), STANDARD, rng.randint(32, 256), tokens) for due_s in times]
     facts = {"workers": workers, "rate": rate, "seconds": seconds, "new_tokens": tokens, "step_ms": step_ms}
     return Case(
-        "pick", Setup(workers, {"SIM_STEP_MS": step_ms}), asks, (warm_s, warm_s + seconds), dict(facts)
+        "pick",
+        Setup(workers, {"SIM_STEP_MS": step_ms}, aside=True),
+        asks,
+        (warm_s, warm_s + seconds),
+        dict(facts),
     )
 
 
@@ -82,6 +86,7 @@ def pick_figures(outcome: Outcome) -> tuple[Figures, list[Bar]]:
     picks = [a.pick_us / 1e3 for a in outcome.access if a.index in sent and a.pick_us is not None]
     spread = Spread.of(picks)
     after = Spread.of(a.response_us / 1e3 for a in outcome.access if a.index in sent)
+    late = Spread.of(1e3 * (outcome.seen[i].sent_s - outcome.asks[i].due_s) for i in sent)
     count, seconds = max(len(sent), 1), outcome.window[1] - outcome.window[0]
     core_s = sum(took_s for _, took_s in outcome.core.values())
     figures: Figures = {
@@ -94,6 +99,8 @@ def pick_figures(outcome: Outcome) -> tuple[Figures, list[Bar]]:
         "pick_max_ms": spread.max if spread else float("nan"),
         "answer_p50_ms": after.p50 if after else float("nan"),
         "answer_p99_ms": after.p99 if after else float("nan"),
+        "sent_late_p50_ms": late.p50 if late else float("nan"),
+        "sent_late_p99_ms": late.p99 if late else float("nan"),
         "batcher_ms_per_request": outcome.cpu_s["batcher"] * 1e3 / count,
         "core_ms_per_request": core_s * 1e3 / count,
         "core_us_by_method": {

@@ -53,6 +53,8 @@ class Plan(msgspec.Struct, frozen=True):
     start_unix_s: float
     timeout_s: float
     channels: int
+    steps_aside: bool
+    """Take only the CPU that nobody else wants: this process stands for other machines."""
     asks: list[Ask]
 
 
@@ -81,11 +83,10 @@ class Result(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """Runs one plan to its end."""
-    # Requests that are due come at their time, not in heaps when a core falls free.
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    os.nice(LOAD_NICE)
     plan_file, result_file = map(Path, sys.argv[1:3])
     plan = msgspec.json.decode(plan_file.read_bytes(), type=Plan)
+    os.sched_setscheduler(0, os.SCHED_IDLE if plan.steps_aside else os.SCHED_OTHER, os.sched_param(0))
+    os.nice(LOAD_NICE)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         seen = runner.run(_Load(plan).run())
     result_file.write_bytes(msgspec.json.encode(Result(seen, time.process_time())))

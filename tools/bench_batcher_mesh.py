@@ -3,8 +3,9 @@
 Envoy and the batcher are started from the same specs as `tokenloom up` starts them from. Three things are
 the bench's own: Envoy writes a line for every request into a file, with the times that its ext_proc
 filter measured; the batcher runs under `services.batcher.bench`, which adds up its core's time; and
-batcher, Envoy and load are scheduled as on a cluster, before the swarm, which stands for other machines
-(`tokenloom up` lets them all step aside for an engine).
+batcher, Envoy and load are scheduled before the swarm, which stands for other machines (`tokenloom up` lets
+them all step aside for an engine). Where a pick is timed the load steps aside as well, and both take only
+what batcher and Envoy leave: on a cluster neither would share their cores.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Setup:
     workers: int
     worker: dict[str, object] = field(default_factory=dict)
     batcher: dict[str, object] = field(default_factory=dict)
+    aside: bool = False
+    """Swarm and load, which stand for other machines, run only while batcher and Envoy leave a core free."""
 
     def environ(self) -> dict[str, str]:
         """As the caller of `tokenloom up` would set them."""
@@ -132,6 +135,7 @@ class _Mesh:
     def __init__(self, setup: Setup, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._aside = setup.aside
         self._access = folder / "access.log"
         self._core = folder / "core.json"
         options = Options(workers=setup.workers, engine="sim", trace_ratio=0.0)
@@ -150,7 +154,7 @@ class _Mesh:
         await self._supervisor.start(self._specs)
         for name in AS_ON_A_CLUSTER:
             _schedule_normally(self._pid(name))
-        _step_back(self._pid("swarm"))
+        _step_back(self._pid("swarm"), aside=self._aside)
         await asyncio.sleep(SETTLE_S)
 
     async def stop(self) -> None:
@@ -238,7 +242,7 @@ async def run(setup: Setup, asks: list[Ask], window: tuple[float, float], folder
     try:
         await mesh.start()
         start_unix_s = time.time() + LEAD_S
-        load = await _load(mesh.target, asks, start_unix_s, folder)
+        load = await _load(mesh.target, asks, start_unix_s, folder, aside=setup.aside)
         low, high = window
         await asyncio.sleep(max(start_unix_s + low - time.time(), 0))
         reports, core, cpu = mesh.reports(), await mesh.core(), mesh.cpu_s()
@@ -275,9 +279,9 @@ def envoy_binary() -> Path:
 
 
 async def _load(
-    target: str, asks: list[Ask], start_unix_s: float, folder: Path
+    target: str, asks: list[Ask], start_unix_s: float, folder: Path, *, aside: bool
 ) -> asyncio.subprocess.Process:
-    plan = LoadPlan(target, VERSION, start_unix_s, TIMEOUT_S, FIRST_CHANNELS, asks)
+    plan = LoadPlan(target, VERSION, start_unix_s, TIMEOUT_S, FIRST_CHANNELS, aside, asks)
     plan_file, result_file = folder / "plan.json", folder / "result.json"
     plan_file.write_bytes(msgspec.json.encode(plan))
     with (folder / "load.log").open("wb") as sink:
@@ -332,9 +336,11 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
-def _step_back(pid: int) -> None:
+def _step_back(pid: int, *, aside: bool) -> None:
     for task in Path(f"/proc/{pid}/task").iterdir():
         os.setpriority(os.PRIO_PROCESS, int(task.name), SWARM_NICE)
+        if aside:
+            os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 def _machine_s() -> float:

@@ -11,3 +11,9 @@ effects, `servicer.py` translates the gRPC contracts, `adapters/` speak to Envoy
 Replicas share nothing. Each learns from the workers' pushed reports what they can take, and orders by
 the request's own arrival time; a worker that two replicas chose at once refuses one of the requests.
 """
+
+from pathlib import Path
+
+from tokenloom.native import prefer_compiled
+
+prefer_compiled("services.batcher.core", Path(__file__).with_name("core"))

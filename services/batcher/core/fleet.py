@@ -166,7 +166,7 @@ class Fleet:
             if load is None:
                 pool = self.pool(model_report.version, now)
                 load = worker.loads[model_report.version] = pool.join(worker, model_report)
-            elif load.report == model_report and not (turned or load.pending or worker.unlisted):
+            elif not (turned or load.pending or worker.unlisted) and load.stays(model_report, now):
                 continue
             load.report = model_report
             self._deduct_again(load)

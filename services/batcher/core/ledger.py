@@ -6,6 +6,7 @@ It keeps queues, counters and tenants in step with each request's state, and dec
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from services.batcher.core.entry import Entry
 from services.batcher.core.lifecycle import Happening, State
@@ -14,49 +15,33 @@ from services.batcher.core.queue import ModelQueue
 from services.batcher.core.tenants import Tenants
 
 
+@dataclass
 class Counters:
     """Since the start.
 
     arrived = waiting + cancelled + refused + dispatched, and dispatched = leased + completed.
     """
 
-    __slots__ = (
-        "arrived",
-        "cancelled",
-        "completed",
-        "dispatched",
-        "matched_tokens",
-        "placed_tokens",
-        "promoted",
-        "refused",
-        "served_elsewhere",
-    )
-
-    def __init__(self) -> None:
-        self.arrived = 0
-        self.dispatched = 0
-        self.completed = 0
-        self.cancelled = 0
-        """Left while waiting."""
-        self.served_elsewhere = 0
-        self.promoted = 0
-        """Moved up a band after a long wait."""
-        self.placed_tokens = 0
-        """Prompt tokens of what was dispatched."""
-        self.matched_tokens = 0
-        """Those of them that the chosen worker's cache was thought to hold."""
-        self.refused: dict[str, int] = {}
-        """By reason."""
+    arrived: int = 0
+    dispatched: int = 0
+    completed: int = 0
+    cancelled: int = 0
+    """Left while waiting."""
+    served_elsewhere: int = 0
+    promoted: int = 0
+    """Moved up a band after a long wait."""
+    placed_tokens: int = 0
+    """Prompt tokens of what was dispatched."""
+    matched_tokens: int = 0
+    """Those of them that the chosen worker's cache was thought to hold."""
+    refused: dict[str, int] = field(default_factory=dict)
+    """By reason."""
 
     def refuse(self, reason: str) -> None:
         self.refused[reason] = self.refused.get(reason, 0) + 1
 
     def copy(self) -> Counters:
-        twin = Counters()
-        for name in self.__slots__:
-            setattr(twin, name, getattr(self, name))
-        twin.refused = dict(self.refused)
-        return twin
+        return replace(self, refused=dict(self.refused))
 
 
 class Ledger:

@@ -37,6 +37,8 @@ PROMPTS = 2.0
 PROMPTS_MEMORY = 7.0
 """Mean decode times over which the share of prompts is remembered."""
 LATE_HARM = 5.0
+DRIFT_S = 0.2
+"""Changes that only drift are looked at so often."""
 AHEAD_S = 0.05
 """Prompt work that a worker may have ahead, at least: a report and a pick take part of this time."""
 UNLIMITED_TOKENS = 1 << 62
@@ -49,6 +51,7 @@ class Load:
         "_harm",
         "_prompts_at",
         "_prompts_s",
+        "_refreshed_at",
         "_speed",
         "awaited_tokens",
         "capacity_tokens",
@@ -88,6 +91,7 @@ class Load:
         self.capacity_tokens = 0
         self._prompts_s = 0.0
         self._prompts_at = 0.0
+        self._refreshed_at = 0.0
         # Of the latest `refresh`, for `cost_s`, which is asked far more often than they change.
         self._speed = self.tokens_per_s
         self._harm = 1
@@ -175,9 +179,31 @@ class Load:
             self._prompts_at = now
         self._prompts_s += work / self.tokens_per_s
 
+    def stays(self, report: ModelReport, now: float) -> bool:
+        """Take a report in if it moves nothing: blocks that fill and speeds that drift wait for `DRIFT_S`."""
+        last = self.report
+        if report == last:
+            return True
+        if (
+            now >= self._refreshed_at + DRIFT_S
+            or report.state is not last.state
+            or report.free_sequences != last.free_sequences
+            or report.queued_prefill_tokens != last.queued_prefill_tokens
+            or report.running + report.waiting != last.running + last.waiting
+            or report.free_blocks > last.free_blocks
+            or report.total_blocks != last.total_blocks
+            or report.sequences_max != last.sequences_max
+            or report.block_tokens != last.block_tokens
+            or report.step_tokens_max != last.step_tokens_max
+        ):
+            return False
+        self.report = report
+        return True
+
     def refresh(self, now: float) -> None:
         """Something about it changed: take the right place in its pool, or leave."""
         worker, report, pool = self.worker, self.report, self.pool
+        self._refreshed_at = now
         usable = worker.usable
         ready = usable and report.state is ModelState.READY
         was_open = self.open

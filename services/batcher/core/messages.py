@@ -8,7 +8,6 @@ new one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -19,8 +18,7 @@ PREFIX_TOKENS = 512
 """Prompt tokens that each name in `Request.prefix` adds to the one before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """Every bound of the core."""
 
     hold_max_s: float

@@ -4,8 +4,10 @@
              + sequences · sequence_s
 
 No number is negative, and what is made small is the relative error: a step of 5 ms counts as much as one
-of 200. Which steps are bound by their tokens is tried for every cut of the points; for each cut the least
-squares are exact, as every set of terms is tried. Pure: no engine, no torch, no clock.
+of 200. Errors above `NEAR` count as they are, not squared, so that a step that something else held up does
+not bend the law for all others (Huber's loss, by least squares that are weighed again and again). Which
+steps are bound by their tokens is tried for every cut of the points; for each cut the least squares are
+exact, as every set of terms is tried. Pure: no engine, no torch, no clock.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 TERMS = 6
+NEAR = 0.03
+"""Relative errors up to here are noise, and count squared."""
+ROUNDS = 12
+"""Of weighing."""
 POINTS_MAX = 1000
 """The cuts and the terms of so many points are tried within seconds."""
 
@@ -84,8 +90,14 @@ def fit(works: Sequence[Work], took_s: Sequence[float]) -> Law:
         raise ValueError(f"{len(works)} points; from 1 to {POINTS_MAX} can be fitted")
     if not all(0 < value < float("inf") for value in took_s):
         raise ValueError("a step that took no time")
-    laws = (_law(works, took_s, cut) for cut in sorted({0.0, *(work.tokens for work in works)}))
-    return min(laws, key=lambda law: sum(error**2 for error in relative(law, works, took_s)))
+    cuts = sorted({0.0, *(work.tokens for work in works)})
+    return min((_law(works, took_s, cut) for cut in cuts), key=lambda law: loss(law, works, took_s))
+
+
+def loss(law: Law, works: Sequence[Work], took_s: Sequence[float]) -> float:
+    """Huber's, summed over the points."""
+    found = map(abs, relative(law, works, took_s))
+    return sum(error**2 if error <= NEAR else NEAR * (2 * error - NEAR) for error in found)
 
 
 def relative(law: Law, works: Sequence[Work], took_s: Sequence[float]) -> list[float]:
@@ -106,24 +118,30 @@ def _law(works: Sequence[Work], took_s: Sequence[float], cut: float) -> Law:
          work.sequences)
         for work in works
     ]  # fmt: skip
-    wanted = np.array(took_s, dtype=np.float64)
-    return Law(*map(float, not_negative(np.array(rows, dtype=np.float64) / wanted[:, None])))
+    columns = np.array(rows, dtype=np.float64) / np.array(took_s, dtype=np.float64)[:, None]
+    weights = np.ones(len(rows))
+    best = Law(*map(float, not_negative(columns, weights)))
+    for _ in range(ROUNDS):
+        far = np.abs(np.array(relative(best, works, took_s))) / NEAR
+        weights = 1 / np.sqrt(np.maximum(far, 1))
+        best = Law(*map(float, not_negative(columns * weights[:, None], weights)))
+    return best
 
 
-def not_negative(columns: Floats) -> Floats:
-    """[terms] not below 0, with which the columns' sum [points] is nearest to 1, by least squares.
+def not_negative(columns: Floats, wanted: Floats) -> Floats:
+    """[terms] not below 0, with which the columns' sum [points] is nearest to `wanted`, by least squares.
 
     The best of all sets of terms whose plain least squares have no negative one: that is the optimum.
     """
-    points, terms = columns.shape
+    terms = columns.shape[1]
     # Terms differ by ten orders of magnitude; of equal length they are solved without loss.
     sizes = np.linalg.norm(columns, axis=0)
     scaled = columns / np.where(sizes > 0, sizes, 1)
-    best, least = np.zeros(terms), float(points)
+    best, least = np.zeros(terms), float(np.sum(wanted**2))
     for count in range(1, terms + 1):
         for chosen in combinations(np.flatnonzero(sizes > 0), count):
-            found = np.linalg.lstsq(scaled[:, chosen], np.ones(points), rcond=None)[0]
-            error = float(np.sum((scaled[:, chosen] @ found - 1) ** 2))
+            found = np.linalg.lstsq(scaled[:, chosen], wanted, rcond=None)[0]
+            error = float(np.sum((scaled[:, chosen] @ found - wanted) ** 2))
             if found.min() >= 0 and error < least:
                 best, least = np.zeros(terms), error
                 best[list(chosen)] = found / sizes[list(chosen)]

@@ -5,6 +5,8 @@ caches and of tokens served, fall silent, restart and go, and time passes. After
 rules of `oracle.py` are asked. Times are eighths of seconds, which floats hold exactly.
 """
 
+from dataclasses import asdict
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -334,7 +336,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def counters_never_go_backwards(self):
         """Asked after every event: a tenant that waits before and after was not forgotten between."""
         snapshot = self.scheduler.snapshot(self.now, 0)
-        counters = {name: getattr(snapshot.counters, name) for name in snapshot.counters.__slots__}
+        counters = asdict(snapshot.counters)
         counters |= counters.pop("refused")
         for name, count in self.counters.items():
             assert counters[name] >= count
