@@ -27,6 +27,7 @@ PREFIX_BIN = "x-loom-prefix-bin"
 ATTEMPT = "x-loom-attempt"
 TTFT_SLO_MS = "x-loom-ttft-slo-ms"
 BYTES = "x-loom-bytes"
+MODEL_BYTES = "x-loom-model-bytes"
 
 LEASE = "x-loom-lease"
 QUEUED_MS = "x-loom-queued-ms"
@@ -50,6 +51,7 @@ NAME_CHARS_MAX = 128
 TOKENS_MAX = 1 << 31
 TTFT_SLO_MS_MAX = 3_600_000
 BYTES_MAX = 1 << 31
+MODEL_BYTES_MAX = 1 << 50
 
 
 class HeaderError(ValueError):
@@ -82,6 +84,8 @@ class RequestHeaders:
     """From arrival to the first token, as the caller wishes; 0: no wish."""
     size_bytes: int = 0
     """Of the serialised request that the proxy holds while it waits; 0: not said."""
+    model_bytes: int = 0
+    """Of the model's weights, for choosing where to load it; 0: not said."""
 
     def encode(self) -> list[tuple[str, str | bytes]]:
         """As gRPC metadata."""
@@ -103,6 +107,8 @@ class RequestHeaders:
             pairs.append((TTFT_SLO_MS, str(self.ttft_slo_ms)))
         if self.size_bytes:
             pairs.append((BYTES, str(self.size_bytes)))
+        if self.model_bytes:
+            pairs.append((MODEL_BYTES, str(self.model_bytes)))
         return pairs
 
     @classmethod
@@ -121,6 +127,7 @@ class RequestHeaders:
             attempt=_integer(headers, ATTEMPT, 1, 1 << 16),
             ttft_slo_ms=_integer(headers, TTFT_SLO_MS, 1, TTFT_SLO_MS_MAX) if TTFT_SLO_MS in headers else 0,
             size_bytes=_integer(headers, BYTES, 1, BYTES_MAX) if BYTES in headers else 0,
+            model_bytes=_integer(headers, MODEL_BYTES, 1, MODEL_BYTES_MAX) if MODEL_BYTES in headers else 0,
         )
 
 

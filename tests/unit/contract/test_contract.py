@@ -25,6 +25,7 @@ requests = st.builds(
     attempt=st.integers(1, 1 << 16),
     ttft_slo_ms=st.integers(0, 3_600_000),
     size_bytes=st.integers(0, 1 << 31),
+    model_bytes=st.integers(0, 1 << 50),
 )
 
 
@@ -59,6 +60,7 @@ GOOD = RequestHeaders("r", 1, 2, "sha256:0", "default", 2, 3, 4)
         (headers.TTFT_SLO_MS, "3600001"),
         (headers.BYTES, "0"),
         (headers.BYTES, "-5"),
+        (headers.MODEL_BYTES, "0"),
     ],
 )
 def test_a_wrong_header_is_named(name, value):
@@ -74,7 +76,7 @@ def test_a_wrong_header_is_named(name, value):
 
 def test_a_wish_and_a_size_are_left_out_where_there_are_none():
     names_of = {name for name, _ in GOOD.encode()}
-    assert not names_of & {headers.TTFT_SLO_MS, headers.BYTES, headers.PREFIX_BIN}
+    assert not names_of & {headers.TTFT_SLO_MS, headers.BYTES, headers.MODEL_BYTES, headers.PREFIX_BIN}
     parsed = RequestHeaders.parse(dict(GOOD.encode()))
     assert (parsed.ttft_slo_ms, parsed.size_bytes, parsed.prefix) == (0, 0, ())
 
