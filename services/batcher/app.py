@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from services.batcher.adapters.discovery import parse_workers
 from services.batcher.adapters.health import HealthPort
+from services.batcher.adapters.loader import GrpcLoader
 from services.batcher.adapters.watch import GrpcFleetWatch
 from services.batcher.core.scheduler import Scheduler
 from services.batcher.driver import Driver
@@ -46,7 +47,10 @@ class BatcherApp:
         scheduler = Scheduler(settings.limits(), f"{settings.name}-{uuid.uuid4().hex[:8]}")
         self._metrics = BatcherMetrics(self._registry, settings.tenant_weights)
         self._metrics.watch(scheduler, clock)
-        self._driver = Driver(scheduler, clock, self._metrics, watchers_max=settings.watchers_max)
+        self._loader = GrpcLoader(settings.load_timeout_s)
+        self._driver = Driver(
+            scheduler, clock, self._metrics, self._loader, watchers_max=settings.watchers_max
+        )
         self._fleet = GrpcFleetWatch(
             parse_workers(settings.workers), settings.name, settings.discovery_interval_s
         )
@@ -91,6 +95,7 @@ class BatcherApp:
         if not self._started:
             return
         await self._fleet.close()
+        await self._loader.close()
         self._driver.close()
         await self._server.stop(STOP_GRACE_S)
         await self._health.close()

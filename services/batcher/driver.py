@@ -12,13 +12,16 @@ import asyncio
 from services.batcher.core.messages import (
     Dispatch,
     Effect,
+    LoadModel,
     LoadReport,
     Reject,
     Request,
     ServedElsewhere,
     Usage,
+    Verdict,
     WorkerTurned,
 )
+from services.batcher.core.ports import ModelLoader
 from services.batcher.core.scheduler import Scheduler
 from services.batcher.core.snapshot import Place, Snapshot
 from services.batcher.metrics import BatcherMetrics
@@ -34,14 +37,21 @@ log = get_logger(__name__)
 
 
 class Driver:
-    """The scheduler, running. It is the `FleetListener` of the workers' streams."""
+    """The scheduler, running: the `FleetListener` of the workers' streams, the `LoadListener` of loads."""
 
     def __init__(
-        self, scheduler: Scheduler, clock: Clock, metrics: BatcherMetrics, *, watchers_max: int
+        self,
+        scheduler: Scheduler,
+        clock: Clock,
+        metrics: BatcherMetrics,
+        loader: ModelLoader,
+        *,
+        watchers_max: int,
     ) -> None:
         self._scheduler = scheduler
         self._clock = clock
         self._metrics = metrics
+        self._loader = loader
         self._held: dict[int, Stay] = {}
         """Those not decided yet, by ticket."""
         self._silent: set[str] = set()
@@ -118,6 +128,13 @@ class Driver:
         self._perform(self._scheduler.worker_removed(endpoint, self._clock.monotonic()), now_ns)
         log.info("worker removed", worker=endpoint)
 
+    def load_ended(self, endpoint: str, model: str, verdict: Verdict | None) -> None:
+        now_ns = self._clock.unix_ns()
+        self._metrics.loads.labels(
+            "loaded" if verdict is None else "refused", verdict.reason if verdict else ""
+        ).inc()
+        self._perform(self._scheduler.load_ended(endpoint, model, verdict, self._clock.monotonic()), now_ns)
+
     # The end.
 
     def drain(self) -> int:
@@ -163,6 +180,8 @@ class Driver:
             elif isinstance(effect, ServedElsewhere):
                 self._metrics.served_elsewhere.inc()
                 log.debug("served elsewhere", picked=effect.picked, served_by=effect.served_by)
+            elif isinstance(effect, LoadModel):
+                self._loader.load(effect.endpoint, effect.model, self)
             else:
                 self._turned(effect)
         self._note_emptied()

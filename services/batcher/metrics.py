@@ -88,6 +88,9 @@ class BatcherMetrics:
         self.turned = self._counter(
             "worker_turns", "Workers that became alive, draining, stale or lost", "state"
         )
+        self.loads = self._counter(
+            "model_loads", "Loads on demand that workers were asked for and that ended", "outcome", "reason"
+        )
         self._show(TallyCollector(self))
 
     def decided(self, decision: Dispatch | Reject) -> None:

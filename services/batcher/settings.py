@@ -34,6 +34,8 @@ class BatcherSettings(ServiceSettings):
     """The longest that a request waits for a model that no live worker serves or loads."""
     loading_hold_s: float = Field(600.0, ge=0, le=3500)
     """The longest that a request waits while its model is being loaded and no worker serves it yet."""
+    load_timeout_s: float = Field(1800.0, ge=1, le=86_400)
+    """The longest that a worker is given to load a model on demand."""
     age_promote_s: float = Field(30.0, gt=0, le=3500)
     """A request that waited so long in its band moves up one, though never into the interactive one."""
     affinity_hold_s: float = Field(1.0, ge=0, le=60)

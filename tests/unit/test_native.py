@@ -1,5 +1,6 @@
 """The batcher's core, compiled and as Python: found by its sources, the same program both ways."""
 
+import ast
 import importlib
 import os
 import subprocess
@@ -88,6 +89,20 @@ def test_an_installation_with_a_compiler_runs_compiled(package):
             assert found == module
         else:
             assert native.built_folder(folder) in found.parents
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_has_a_length_says_itself_whether_it_is_empty(package):
+    """Compiled code asks an object of its own for `__bool__` and, without one, takes it for true."""
+    mute = [
+        f"{path.name}: {node.name}"
+        for path in native.sources(ROOT / package.replace(".", "/"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and "__len__" in (methods := {item.name for item in node.body if isinstance(item, ast.FunctionDef)})
+        and "__bool__" not in methods
+    ]
+    assert mute == []
 
 
 @pytest.mark.timeout(TESTS_S_MAX + 30)

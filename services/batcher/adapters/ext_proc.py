@@ -82,6 +82,7 @@ def parse_request(message: pb.ProcessingRequest, clock: Clock) -> Request:
         deadline_unix_ms=parsed.deadline_unix_ms,
         ttft_slo_ms=parsed.ttft_slo_ms,
         size_bytes=parsed.size_bytes,
+        model_bytes=parsed.model_bytes,
     )
 
 

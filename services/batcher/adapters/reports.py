@@ -42,6 +42,9 @@ def load_report(report: worker_pb2.LoadReport) -> LoadReport:
         tuple(models),
         tuple(report.active_request_ids),
         tuple(news),
+        report.memory_budget_bytes,
+        report.free_memory_bytes,
+        report.loads_on_demand,
     )
 
 
@@ -65,6 +68,9 @@ def _model(model: worker_pb2.ResidentModel, state: ModelState) -> ModelReport:
         model.step_tokens_max,
         model.prefix_queried_tokens,
         model.prefix_hit_tokens,
+        model.memory_bytes,
+        model.dwell_left_ms / 1000,
+        model.idle_ms / 1000,
     )
 
 

@@ -52,10 +52,13 @@ class Worker:
         "connected",
         "draining",
         "endpoint",
+        "free_memory_bytes",
         "index",
         "last_used",
         "leases",
         "loads",
+        "loads_on_demand",
+        "memory_budget_bytes",
         "reported_at",
         "stale",
         "unlisted",
@@ -77,6 +80,10 @@ class Worker:
         """Leases that no report has listed yet, by ticket."""
         self.leases = 0
         self.last_used = 0
+        self.memory_budget_bytes = 0
+        """For all its models together; 0: not bounded, or not told."""
+        self.free_memory_bytes = 0
+        self.loads_on_demand = False
         self.watched = False
         """A timer looks after its silence."""
         self.accounts: dict[tuple[str, str, int], tuple[int, int]] | None = None
@@ -159,6 +166,9 @@ class Fleet:
         worker.draining = report.draining
         worker.reported_at = now
         worker.active = report.active_request_ids
+        worker.memory_budget_bytes = report.memory_budget_bytes
+        worker.free_memory_bytes = report.free_memory_bytes
+        worker.loads_on_demand = report.loads_on_demand
         self._settle_leases(worker)
         touched: set[str] = set()
         for model_report in report.models:

@@ -76,6 +76,8 @@ class Request(NamedTuple):
     """From arrival to the first token, as the caller wishes; 0: no wish."""
     size_bytes: int = 0
     """Of the message that the proxy holds meanwhile."""
+    model_bytes: int = 0
+    """Of the model's weights; 0: unknown."""
 
 
 class ModelState(Enum):
@@ -136,6 +138,12 @@ class ModelReport(NamedTuple):
     prefix_queried_tokens: int = 0
     """Of prompts begun there, since boot."""
     prefix_hit_tokens: int = 0
+    memory_bytes: int = 0
+    """What the worker reserved for it; 0: unknown."""
+    dwell_left_s: float = 0.0
+    """The worker keeps it that long, whoever asks for its memory."""
+    idle_s: float = 0.0
+    """Since its last sequence ended."""
 
 
 class ModelNews(NamedTuple):
@@ -154,6 +162,11 @@ class LoadReport(NamedTuple):
     models: tuple[ModelReport, ...]
     active_request_ids: tuple[str, ...] = ()
     news: tuple[ModelNews, ...] = ()
+    memory_budget_bytes: int = 0
+    """For all its models together; 0: not bounded."""
+    free_memory_bytes: int = 0
+    loads_on_demand: bool = False
+    """It loads other models when it is asked to."""
 
 
 class Usage(NamedTuple):
@@ -201,4 +214,20 @@ class WorkerTurned(NamedTuple):
     state: str
 
 
-Effect = Dispatch | Reject | ServedElsewhere | WorkerTurned
+class LoadModel(NamedTuple):
+    """Ask a worker to load a model; what it answers comes back as `Scheduler.load_ended`."""
+
+    endpoint: str
+    model: str
+
+
+class Verdict(NamedTuple):
+    """Why a worker does not load a model. `reason` is a name of loom.errors.v1.ErrorReason."""
+
+    reason: str
+    message: str
+    metadata: dict[str, str]
+    retry_after_s: float | None = None
+
+
+Effect = Dispatch | Reject | ServedElsewhere | WorkerTurned | LoadModel

@@ -18,6 +18,7 @@ from services.batcher.core.load import Load
 from services.batcher.core.messages import Dispatch, Effect, Limits, Reject, WorkerTurned
 from services.batcher.core.pool import Choice, Pool
 from services.batcher.core.queue import Aging, ModelQueue
+from services.batcher.core.residency import LOOK_S, Residency, Want
 from services.batcher.core.timers import Timers
 
 ASIDE_MAX = 16
@@ -25,7 +26,7 @@ ASIDE_MAX = 16
 LOOK_AGAIN_S = 1.0
 """A request waits no longer than this for a busy worker without another look at where it is best off."""
 
-Timed = Entry | Worker | ModelQueue | Aging
+Timed = Entry | Worker | ModelQueue | Aging | Want
 
 
 class Planner:
@@ -40,6 +41,7 @@ class Planner:
         self._ledger = ledger
         self._fleet = fleet
         self._timers = timers
+        self.residency = Residency(fleet, limits.queues_max)
 
     def plan_all(self, models: Iterable[str], now: float, effects: list[Effect]) -> None:
         """Plan those in which a worker became open; the others stay as they were planned."""
@@ -89,7 +91,9 @@ class Planner:
         pool.planned()
         if not self.tidy(model):
             self._refuse_at_head(queue, pool, now, effects)
-            self.watch_over(queue, now)
+            self.see_to_it(queue, pool, now, effects)
+            if not self.tidy(model):
+                self.watch_over(queue, now)
 
     def _choice(self, pool: Pool, entry: Entry, aside: int, now: float, *, known: bool) -> Choice:
         """`known`: nothing changed for it since it was looked at before."""
@@ -145,10 +149,41 @@ class Planner:
                 self.watch_over(queue, now)
         effects.append(WorkerTurned(worker.endpoint, worker.state))
 
+    # Models that nobody has.
+
+    def see_to_it(self, queue: ModelQueue, pool: Pool, now: float, effects: list[Effect]) -> None:
+        """While somebody waits and nobody has the model or is loading it, find a worker that loads it."""
+        if pool.hopeful or not queue:
+            self.residency.rest(queue.model, now)
+            return
+        oldest = queue.oldest()
+        assert oldest is not None, "somebody waits"
+        want = self.residency.want(queue.model, oldest.request.model_bytes, now)
+        if not want.endpoint and now >= want.looked_at + LOOK_S:
+            asked = self.residency.seek(want, self._waited_for(), now)
+            if asked is not None:
+                effects.append(asked)
+        if want.refusal is not None:
+            for entry in list(queue.by_ticket.values()):
+                self.refuse(entry, refusals.not_loadable(entry, now, want.refusal), effects)
+        self.look_again(want, now)
+
+    def look_again(self, want: Want, now: float) -> None:
+        """A timer looks for a worker again, as long as the model is wanted."""
+        if not want.timed:
+            want.timed = True
+            self._timers.at(now + LOOK_S, want)
+
+    def _waited_for(self) -> list[str]:
+        return [queue.model for queue in self._ledger.queues.values() if queue]
+
     def _hold(self, pool: Pool) -> tuple[float, float]:
         """(since when nobody serves the model, how long that is waited for)."""
+        want = self.residency.wants.get(pool.model)
         if pool.hopeful:
             return pool.unready_since, self._limits.loading_hold_s
+        if want is not None and want.plausible:
+            return want.since, self._limits.loading_hold_s
         return pool.hopeless_since, self._limits.no_worker_hold_s
 
     def watch_over(self, queue: ModelQueue, now: float) -> None:
@@ -171,8 +206,11 @@ class Planner:
             return
         since, hold_s = self._hold(pool)
         if since + hold_s <= now:
-            why = refusals.not_ready if pool.hopeful else refusals.no_capacity
+            want = self.residency.wants.get(queue.model)
             for entry in queue.held_for(hold_s, now):
-                self.refuse(entry, why(entry, now, pool), effects)
+                if pool.hopeful or (want is not None and want.plausible):
+                    self.refuse(entry, refusals.not_ready(entry, now, pool, want), effects)
+                else:
+                    self.refuse(entry, refusals.no_capacity(entry, now, pool), effects)
         if not self.tidy(queue.model):
             self.watch_over(queue, now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from services.batcher.core.messages import LoadReport
+from services.batcher.core.messages import LoadReport, Verdict
 
 
 class FleetListener(Protocol):
@@ -41,6 +41,26 @@ class FleetWatch(Protocol):
 
     async def close(self) -> None:
         """End every stream; the listener is not called any more."""
+        ...
+
+
+class LoadListener(Protocol):
+    """Whoever wants to know what came of a load. Called on the event loop; must not block."""
+
+    def load_ended(self, endpoint: str, model: str, verdict: Verdict | None) -> None:
+        """The worker has the model, or said why not."""
+        ...
+
+
+class ModelLoader(Protocol):
+    """Asks workers to load models."""
+
+    def load(self, endpoint: str, model: str, listener: LoadListener) -> None:
+        """Returns at once; the listener hears the end later."""
+        ...
+
+    async def close(self) -> None:
+        """End every call; no listener is called any more."""
         ...
 
 

@@ -41,6 +41,9 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._holders)
 
+    def __bool__(self) -> bool:
+        return bool(self._holders)
+
     def join(self) -> Holder:
         """A worker that holds nothing yet."""
         if self._free_bits:

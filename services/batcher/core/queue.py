@@ -82,6 +82,10 @@ class ModelQueue:
     def __len__(self) -> int:
         return len(self.by_ticket)
 
+    def __bool__(self) -> bool:
+        # Compiled code takes every object without this for true, whatever its length.
+        return bool(self.by_ticket)
+
     def push(self, entry: Entry) -> None:
         """Let a request wait."""
         entry.flow = self.flow(entry.band, entry.request.tenant)

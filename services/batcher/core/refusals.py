@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from services.batcher.core.admission import Full
 from services.batcher.core.entry import Entry
-from services.batcher.core.messages import ModelState, Reject
+from services.batcher.core.messages import ModelState, Reject, Verdict
 from services.batcher.core.pool import Pool
+from services.batcher.core.residency import Want
 
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 30.0
@@ -86,13 +87,16 @@ def shed(entry: Entry, now: float, drain_estimate_s: float) -> Reject:
     return _reject(entry, now, "SHED", message, retry_s, priority=band)
 
 
-def not_ready(entry: Entry, now: float, pool: Pool) -> Reject:
-    """The model is being loaded, and that takes too long."""
+def not_ready(entry: Entry, now: float, pool: Pool, want: Want | None = None) -> Reject:
+    """The model is being loaded, or waits for memory, and that takes too long."""
     coming = pool.coming()
     where = f" ({coming.report.progress:.0%} on {coming.worker.endpoint})" if coming is not None else ""
     waited_s = now - entry.entered
     model = entry.request.model
-    message = f"model {model[:MODEL_CHARS]} is still being loaded{where} after {waited_s:.1f} s; try again"
+    state = f"is still being loaded{where}"
+    if not pool.hopeful and want is not None and want.waits_for:
+        state = f"still waits for memory on {want.waits_for}, which keeps what was loaded lately,"
+    message = f"model {model[:MODEL_CHARS]} {state} after {waited_s:.1f} s; try again"
     return _reject(entry, now, "MODEL_NOT_READY", message, RETRY_NO_WORKER_S, model=model)
 
 
@@ -116,6 +120,14 @@ def no_capacity(entry: Entry, now: float, pool: Pool) -> Reject:
     )
     message = f"no live worker serves model {model[:MODEL_CHARS]}{why}; start one that loads it"
     return _reject(entry, now, "NO_CAPACITY", message, RETRY_NO_WORKER_S, model=model)
+
+
+def not_loadable(entry: Entry, now: float, verdict: Verdict) -> Reject:
+    """No worker has the model, and all that load on demand said why they cannot; this is what one said."""
+    model = entry.request.model
+    data = {"model": model, **verdict.metadata}
+    message = f"no worker can load model {model[:MODEL_CHARS]}: {verdict.message}"
+    return _reject(entry, now, verdict.reason, message, verdict.retry_after_s, **data)
 
 
 def too_large(entry: Entry, now: float, largest_tokens: int) -> Reject:

@@ -23,10 +23,12 @@ from services.batcher.core.messages import (
     Request,
     ServedElsewhere,
     Usage,
+    Verdict,
     WorkerTurned,
 )
 from services.batcher.core.planner import Planner, Timed
 from services.batcher.core.queue import Aging, ModelQueue
+from services.batcher.core.residency import Want
 from services.batcher.core.snapshot import Place, Snapshot, take
 from services.batcher.core.timers import Timers
 
@@ -36,6 +38,8 @@ def _pending(thing: Timed) -> bool:
         return thing.state is State.WAITING
     if isinstance(thing, ModelQueue):
         return thing.watched_until is not None
+    if isinstance(thing, Want):
+        return thing.timed
     return thing.watched
 
 
@@ -152,6 +156,15 @@ class Scheduler:
         self._fleet.forget(endpoint)
         return effects
 
+    def load_ended(self, endpoint: str, model: str, verdict: Verdict | None, now: float) -> list[Effect]:
+        """A worker that was asked to load a model has it, or says why not. Any other answer is ignored."""
+        effects: list[Effect] = []
+        want = self._planner.residency.ended(endpoint, model, verdict, now)
+        if want is not None:
+            self._planner.plan(model, now, effects)
+            self._planner.look_again(want, now)
+        return effects
+
     # Time and the end.
 
     def tick(self, now: float) -> list[Effect]:
@@ -164,6 +177,8 @@ class Scheduler:
                 self._check_silence(thing, now, effects)
             elif isinstance(thing, ModelQueue):
                 self._planner.check_unserved(thing, now, effects)
+            elif isinstance(thing, Want):
+                self._look_for_worker(thing, now, effects)
             else:
                 self._promote(thing, now, effects)
         return effects
@@ -220,7 +235,13 @@ class Scheduler:
         position = self._ledger.queues[request.model].position(entry)
         pool = self._fleet.pools.get(request.model)
         coming = pool.coming() if pool is not None else None
-        endpoint, progress = (coming.worker.endpoint, coming.report.progress) if coming else ("", None)
+        want = self._planner.residency.wants.get(request.model)
+        endpoint = ""
+        progress: float | None = None
+        if coming is not None:
+            endpoint, progress = coming.worker.endpoint, coming.report.progress
+        elif want is not None and want.endpoint:
+            endpoint, progress = want.endpoint, 0.0
         return Place(entry.ticket, position, now - entry.entered, request.priority, endpoint, progress)
 
     def snapshot(self, now: float, leases_max: int) -> Snapshot:
@@ -274,6 +295,14 @@ class Scheduler:
             self._planner.turn_stale(worker, now, effects)
             # Those who waited for it because it holds their prefix may go elsewhere.
             self._planner.plan_all(list(worker.loads), now, effects)
+
+    def _look_for_worker(self, want: Want, now: float, effects: list[Effect]) -> None:
+        want.timed = False
+        self._planner.plan(want.model, now, effects)
+        if not self._ledger.queues.get(want.model):
+            self._planner.residency.rest(want.model, now)
+        if want.model in self._planner.residency.wants:
+            self._planner.look_again(want, now)
 
     def _watch_aging(self, queue: ModelQueue) -> None:
         """A timer moves up those who wait for long in a low band."""

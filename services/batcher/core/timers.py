@@ -28,6 +28,9 @@ class Timers(Generic[T]):
     def __len__(self) -> int:
         return len(self._heap)
 
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
     def at(self, when: float, thing: T) -> None:
         """Bring `thing` up at `when`."""
         self._count += 1

@@ -5,13 +5,23 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
-from services.batcher.core.messages import Dispatch, Reject
+from services.batcher.core.messages import Dispatch, Reject, Verdict
 from services.batcher.core.scheduler import Scheduler
 from services.batcher.driver import Driver
 from services.batcher.metrics import BatcherMetrics
-from tests.unit.batcher.words import limits, model_report, report, request
+from tests.unit.batcher.words import MODEL, limits, model_report, report, request
 from tokenloom.kit.clock import FakeClock, SystemClock
 from tokenloom.kit.errors import CallError
+
+
+class Loader:
+    """Remembers what was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def load(self, endpoint, model, listener):
+        self.asked.append((endpoint, model, listener))
 
 
 class Room:
@@ -21,7 +31,9 @@ class Room:
         self.registry = CollectorRegistry()
         self.clock = clock or FakeClock()
         scheduler = Scheduler(limits(**changes), "lease")
-        self.driver = Driver(scheduler, self.clock, BatcherMetrics(self.registry), watchers_max=watchers_max)
+        self.loader = Loader()
+        metrics = BatcherMetrics(self.registry)
+        self.driver = Driver(scheduler, self.clock, metrics, self.loader, watchers_max=watchers_max)
         self.driver.found("w1")
 
     def report(self, free):
@@ -156,3 +168,17 @@ async def test_a_refusal_is_forgotten_when_the_request_comes_again_and_is_placed
     told = [what async for what in room.driver.watchers.follow("a")]
     assert [place.endpoint for place in told] == ["w1"]
     room.driver.ended(again, None)
+
+
+async def test_a_model_that_nobody_has_is_loaded_and_what_came_of_it_is_counted():
+    room = Room()
+    load = report()._replace(loads_on_demand=True)
+    room.driver.reported("w1", load)
+    stay = room.arrive()
+    ((endpoint, model, listener),) = room.loader.asked
+    assert (endpoint, model, listener) == ("w1", MODEL, room.driver)
+    room.driver.load_ended(endpoint, model, Verdict("MODEL_UNSUPPORTED", "its layers are recurrent", {}))
+    decision = await stay.wait()
+    assert decision.reason == "MODEL_UNSUPPORTED"
+    labels = {"outcome": "refused", "reason": "MODEL_UNSUPPORTED"}
+    assert room.registry.get_sample_value("tokenloom_batcher_model_loads_total", labels) == 1

@@ -40,6 +40,7 @@ def first_message(clock, **changes):
         "attempt": 2,
         "ttft_slo_ms": 250,
         "size_bytes": 4096,
+        "model_bytes": 270_000_000,
     }
     pairs = [(":path", "/x"), ("user-agent", b"\xff\xfe")]
     for key, value in RequestHeaders(**(values | changes)).encode():
@@ -63,7 +64,7 @@ def test_request_headers_become_a_request_on_the_cores_clock():
     assert parsed.deadline == pytest.approx(clock.monotonic() + 2.5)
     assert parsed._replace(deadline=0.0) == (
         "r-1", MODEL, "acme", 3, 123, 0.0, 40, 8, 2, (0x3736353433323130, 0xFEDCBA9876543210),
-        clock.unix_ms() + 2_500, 250, 4096,
+        clock.unix_ms() + 2_500, 250, 4096, 270_000_000,
     )  # fmt: skip
 
 
