@@ -9,12 +9,15 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from loom.batcher.v1 import batcher_pb2
 from loom.inference.v1 import inference_pb2
 
 from services.gateway.adapters.mesh import GrpcMesh
 from services.gateway.adapters.model_text import TextLimits
 from services.gateway.adapters.modelstore import BlobFetcher, ModelstoreCatalogue
 from services.gateway.adapters.text_store import ModelTextStore, StoreLimits
+from services.gateway.adapters.waiting import RequestWatch
+from services.gateway.core.canaries import Canaries
 from services.gateway.core.catalogue import Catalogue
 from services.gateway.core.retry import RetryPolicy
 from services.gateway.http_door import make_app
@@ -52,6 +55,7 @@ class GatewayService:
             self._texts,
             _tools(settings, self._mesh),
             PipelineLimits(settings.requests_max, settings.prompt_bytes_max),
+            Canaries(settings.aliases_max, secrets.token_bytes(16)),
             draw_seed=lambda: secrets.randbits(64),
         )
         self._grpc = GrpcServer(settings.host, settings.grpc_port)
@@ -59,12 +63,19 @@ class GatewayService:
             inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
             InferenceServicer(self.pipeline, settings.default_timeout_s),
         )
+        if settings.batcher_target:
+            self._grpc.add(
+                batcher_pb2.DESCRIPTOR.services_by_name["BatcherService"],
+                RequestWatch(settings.batcher_target),
+                quiet={"WatchRequest"},
+            )
         app = make_app(
             self.pipeline,
             body_bytes_max=settings.request_bytes_max,
             default_timeout_s=settings.default_timeout_s,
         )
         self._http = HttpServer(app, settings.host, settings.http_port)
+        self._warming: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -94,12 +105,16 @@ class GatewayService:
     def _catalogue_changed(self, catalogue: Catalogue) -> None:
         log.info("catalogue", models=catalogue.names())
         self._spawn(self._grpc.set_serving(not self.pipeline.draining))
-        self._spawn(self._texts.warm(catalogue.in_use()))
+        if self._warming is not None:
+            # What an older catalogue named need not be warm any more.
+            self._warming.cancel()
+        self._warming = self._spawn(self._texts.warm(catalogue.in_use()))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
 
 def _tools(settings: GatewaySettings, mesh: ChannelPool) -> RunnerTools:

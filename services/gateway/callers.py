@@ -51,6 +51,11 @@ def tenant_of(metadata: Mapping[str, str | bytes]) -> str:
     return named or headers.DEFAULT_TENANT
 
 
+def session_key_of(metadata: Mapping[str, str | bytes]) -> str:
+    """The session that the caller names in a header; empty without one. Raises Refusal."""
+    return _name(metadata, headers.SESSION_ID)
+
+
 def ttft_slo_ms_of(metadata: Mapping[str, str | bytes]) -> int:
     """The time to the first token that the caller wishes; 0: no wish. Raises Refusal naming the header."""
     for key in (headers.SLO_TTFT_MS, headers.SLO_TTFT_MS_OLD):

@@ -107,4 +107,5 @@ class Generation:
             cache_salt=request.cache_salt,
             prefix=self._prefix,
             ttft_slo_ms=caller.ttft_slo_ms,
+            model_bytes=self.version.weight_bytes,
         )

@@ -12,7 +12,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.gateway.core.catalogue import ModelVersion
+from services.gateway.core.catalogue import Deprecation, ModelVersion
+from services.gateway.core.notices import deprecation_headers
 from services.gateway.core.openai_body import parse_chat, parse_text
 from services.gateway.core.openai_render import ChatRenderer, TextRenderer, error_body
 from services.gateway.http_body import error_response, json_response
@@ -73,7 +74,8 @@ class _Models:
 
     async def get_model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        return json_response(_model(name, self._pipeline.resolve(name)))
+        version = self._pipeline.resolve(name)
+        return json_response(_model(name, version), headers=dict(deprecation_headers(version)))
 
     async def health(self, _: Request) -> Response:
         why_not = self._pipeline.readiness()
@@ -93,7 +95,14 @@ def _model(name: str, version: ModelVersion) -> dict[str, object]:
         "root": version.full_name,
         "parent": None,
         "max_model_len": version.context_length,
+        "deprecated": _deprecated(version.deprecation),
     }
+
+
+def _deprecated(deprecation: Deprecation | None) -> dict[str, object] | None:
+    if deprecation is None:
+        return None
+    return {"message": deprecation.message, "since": deprecation.since_unix_ms // 1000}
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

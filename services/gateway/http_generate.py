@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry.context import get_current
@@ -18,8 +19,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.callers import REQUEST_ID, Caller, request_id_of, tenant_of, ttft_slo_ms_of
+from services.gateway.callers import (
+    REQUEST_ID,
+    Caller,
+    request_id_of,
+    session_key_of,
+    tenant_of,
+    ttft_slo_ms_of,
+)
 from services.gateway.core.choice import Event
+from services.gateway.core.notices import deprecation_headers
 from services.gateway.core.openai_body import ParsedBody
 from services.gateway.core.openai_render import DONE, AnswerHead, Renderer, Tally, error_chunk
 from services.gateway.core.refusal import Refusal
@@ -87,7 +96,10 @@ class GenerateEndpoint:
         arrival_s, arrival_ms = clock.monotonic(), clock.unix_ms()
         answer.request_id = request_id_of(headers)
         tenant, ttft_slo_ms = tenant_of(headers), ttft_slo_ms_of(headers)
+        session_key = session_key_of(headers)
         parsed = self._parse(await read_json(answer.scope, answer.receive, self._body_bytes_max))
+        if session_key:
+            parsed = replace(parsed, request=replace(parsed.request, session_key=session_key))
         caller = Caller(
             door="http",
             operation=self._operation,
@@ -126,8 +138,8 @@ class GenerateEndpoint:
                 return
             async for event in events:
                 renderer.add(event)
-        headers = {REQUEST_ID: caller.request_id}
-        await answer.respond(json_response(renderer.whole(tally_of(generation)), headers=headers))
+        headers = _headers_of(generation)
+        await answer.respond(json_response(renderer.whole(tally_of(generation)), headers=dict(headers)))
 
 
 async def _stream(
@@ -142,12 +154,17 @@ async def _stream(
     every = output.token_ids or output.logprobs
     async for event in events:
         if not answer.started:
-            headers = [*_SSE_HEADERS, (REQUEST_ID.encode(), generation.caller.request_id.encode())]
+            ours = [(name.encode(), value.encode()) for name, value in _headers_of(generation)]
+            headers = [*_SSE_HEADERS, *ours]
             await answer.send({"type": "http.response.start", "status": 200, "headers": headers})
         if event.text or event.end is not None or every:
             await answer.part(renderer.chunk(event))
     last = renderer.usage_chunk(tally_of(generation)) + DONE if include_usage else DONE
     await answer.send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _headers_of(generation: Generation) -> list[tuple[str, str]]:
+    return [(REQUEST_ID, generation.caller.request_id), *deprecation_headers(generation.version)]
 
 
 def tally_of(generation: Generation) -> Tally:

@@ -51,6 +51,12 @@ CACHED = Counter(
 FAILED_ATTEMPTS = Counter(
     "tokenloom_gateway_failed_attempts_total", "Calls to workers that ended badly.", ("reason",)
 )
+TOKENIZER_LOADS = Counter(
+    "tokenloom_gateway_tokenizer_loads_total", "Tokenizers that were fetched and parsed."
+)
+DEPRECATED = Counter(
+    "tokenloom_gateway_deprecated_requests_total", "Generations of deprecated versions.", ("model",)
+)
 RESENT = Counter(
     "tokenloom_gateway_resent_total",
     "Outputs sent to the mesh again: before their first token, or after it.",
@@ -84,6 +90,7 @@ class ModelMeters:
         self.prompt = PROMPT.labels(label)
         self.generated = GENERATED.labels(label)
         self.cached = CACHED.labels(label)
+        self.deprecated = DEPRECATED.labels(label)
 
 
 def of_model(name: str) -> ModelMeters:

@@ -15,7 +15,8 @@ from functools import partial
 
 from services.gateway import metrics, spans
 from services.gateway.callers import Caller
-from services.gateway.core.catalogue import Catalogue, ModelVersion
+from services.gateway.core.canaries import Canaries, Turn
+from services.gateway.core.catalogue import Candidates, Catalogue, ModelVersion
 from services.gateway.core.plan import Plan, make_plan
 from services.gateway.core.ports import CatalogueSource, ModelText, TextStore
 from services.gateway.core.refusal import Refusal, Violation, invalid, unsupported
@@ -70,6 +71,7 @@ class Pipeline:
         texts: TextStore,
         tools: RunnerTools,
         limits: PipelineLimits,
+        canaries: Canaries,
         draw_seed: Callable[[], int],
     ) -> None:
         """`draw_seed` gives seeds in [0, 2**64) for callers that choose none."""
@@ -79,6 +81,7 @@ class Pipeline:
         self._texts = texts
         self._tools = tools
         self._limits = limits
+        self._canaries = canaries
         self._draw_seed = draw_seed
         self._open: set[str] = set()
 
@@ -102,16 +105,16 @@ class Pipeline:
         return self._catalogue.snapshot
 
     def resolve(self, model: str) -> ModelVersion:
-        """The version that a model string stands for now. Raises CallError."""
+        """The version that a model string mainly stands for now: asking is no traffic. Raises CallError."""
         try:
-            return self._resolve(model)
+            return self._candidates(model).main
         except Refusal as refusal:
             raise call_error(refusal) from None
 
     async def count(self, model: str, prompt: Prompt | None) -> tuple[int, int]:
         """(tokens of the prompt, the model's context length). Raises CallError."""
         try:
-            version = self._resolve(model)
+            version = self._candidates(model).main
             if found := [*prompt_violations(prompt, _limits_of(version))]:
                 raise invalid(found)
             assert prompt is not None
@@ -206,17 +209,21 @@ class Pipeline:
         )
 
     def _admit(self, ask: Ask) -> ModelVersion:
-        """The version to use. Raises Refusal with everything that is wrong with the request."""
+        """The version to use, from here to the request's end, whatever becomes of its name.
+
+        Raises Refusal with everything that is wrong with the request.
+        """
         self._check_room()
-        request, version, unknown = ask.request, None, None
+        request, chosen, unknown = ask.request, None, None
         found = [*ask.problems]
         if request.model:
             try:
-                version = self._resolve(request.model)
+                chosen = self._choose(request)
             except Refusal as refusal:
                 unknown = refusal
         else:
             found.append(Violation("model", "is required"))
+        version, turn = chosen or (None, None)
         limits = None if version is None else _limits_of(version)
         found += [Violation(ask.name_of(v.field), v.why) for v in violations(request, limits)]
         found += unknown.violations if unknown is not None else ()
@@ -224,10 +231,17 @@ class Pipeline:
             raise invalid(_first_of_each_field(found))
         if ask.unsupported:
             raise unsupported(ask.unsupported)
-        if version is None or request.prompt is None:
+        if version is None or turn is None or request.prompt is None:
             raise unknown or AssertionError("a request without problems has a model and a prompt")
         check_prompt_bytes(request.prompt, self._limits.prompt_bytes_max, ask.name_of)
+        # Only now: requests that are refused use up nobody's turn.
+        turn.take()
         return version
+
+    def _choose(self, request: GenerationRequest) -> tuple[ModelVersion, Turn]:
+        candidates = self._candidates(request.model)
+        turn = self._canaries.turn(candidates.alias, candidates.targets, request.session_key)
+        return candidates.version(turn.target), turn
 
     def _check_room(self) -> None:
         if self.draining:
@@ -241,12 +255,12 @@ class Pipeline:
                 retry_after_s=RETRY_WHEN_FULL_S,
             )
 
-    def _resolve(self, model: str) -> ModelVersion:
+    def _candidates(self, model: str) -> Candidates:
         try:
             ref = parse_model(model)
         except ValueError as error:
             raise invalid([Violation("model", str(error))]) from None
-        return self.catalogue().resolve(ref, self._tools.jitter())
+        return self.catalogue().candidates(ref)
 
 
 def call_error(refusal: Refusal) -> CallError:

@@ -10,6 +10,7 @@ from loom.inference.v1 import inference_pb2 as pb
 from services.gateway.callers import REQUEST_ID, Caller, request_id_of, tenant_of, ttft_slo_ms_of
 from services.gateway.core.catalogue import ModelEntry, ModelVersion
 from services.gateway.core.choice import Event, PositionLogprobs
+from services.gateway.core.notices import deprecation_headers
 from services.gateway.core.ports import ModelText
 from services.gateway.core.refusal import Refusal, Violation
 from services.gateway.core.request import (
@@ -41,11 +42,11 @@ class InferenceServicer:
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[pb.GenerateResponse]:
         asked = request_of(request)
         caller = self._caller(call, "chat" if isinstance(asked.prompt, ChatPrompt) else "text_completion")
-        call.set_initial([(REQUEST_ID, caller.request_id)])
         async with (
             self._pipeline.generation(Ask(asked, _problems(request)), caller) as generation,
             aclosing(generation.events()) as events,
         ):
+            call.set_initial([(REQUEST_ID, caller.request_id), *deprecation_headers(generation.version)])
             first = True
             async for event in events:
                 response = _response(event, generation)
@@ -69,6 +70,8 @@ class InferenceServicer:
     async def GetModel(self, request: pb.GetModelRequest, call: Call) -> pb.GetModelResponse:
         version = self._pipeline.resolve(request.model)
         entry = self._pipeline.catalogue().models[version.name]
+        # The message has no field for it.
+        call.set_initial([*deprecation_headers(version)])
         return pb.GetModelResponse(model=_model(entry, version))
 
     def _caller(self, call: Call, operation: str) -> Caller:
@@ -240,7 +243,7 @@ def _model(entry: ModelEntry, version: ModelVersion) -> pb.Model:
         has_chat_template=version.has_chat_template,
         architecture=version.architecture,
         license=version.license,
-        aliases={alias: found.digest for alias in entry.aliases if (found := entry.by_alias(alias, 0.0))},
+        aliases={alias: found.digest for alias in entry.aliases if (found := entry.main(alias))},
     )
     model.created_at.FromMilliseconds(version.created_unix_ms)
     return model

@@ -31,6 +31,8 @@ class Account:
     def began(self, generation: Generation) -> None:
         """The request was admitted."""
         self._generation = generation
+        if generation.version.deprecation is not None:
+            generation.meters.deprecated.inc()
         sampling = generation.plan.sampling
         self._caller.span.set_attributes(
             {

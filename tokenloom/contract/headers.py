@@ -35,6 +35,8 @@ QUEUED_MS = "x-loom-queued-ms"
 WORKER = "x-loom-worker"
 USAGE_BIN = "x-loom-usage-bin"
 
+MODEL_DEPRECATED = "x-loom-model-deprecated"
+
 DESTINATION = "x-gateway-destination-endpoint"
 DROPPED_REASON = "x-llm-d-request-dropped-reason"
 FAIRNESS_ID = "x-llm-d-inference-fairness-id"
@@ -42,6 +44,7 @@ FAIRNESS_ID_OLD = "x-gateway-inference-fairness-id"
 DEFAULT_TENANT = "default"
 SLO_TTFT_MS = "x-llm-d-slo-ttft-ms"
 SLO_TTFT_MS_OLD = "x-slo-ttft-ms"
+SESSION_ID = "x-session-id"
 
 HASH_BYTES = 8
 PREFIX_HASHES_MAX = 256

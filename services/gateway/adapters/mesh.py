@@ -19,7 +19,7 @@ from loom.worker.v1 import worker_pb2
 from services.gateway.core.choice import PositionLogprobs, WorkerFinish, WorkerMessage
 from services.gateway.core.ports import SequenceRequest
 from services.gateway.core.request import Finish
-from tokenloom.contract.headers import RequestHeaders
+from tokenloom.contract.headers import MODEL_BYTES_MAX, RequestHeaders
 from tokenloom.kit.channels import ChannelPool
 from tokenloom.kit.errors import STATUS_DETAILS_KEY, CallError, from_rpc_error
 
@@ -121,6 +121,7 @@ def _headers(request: SequenceRequest, size_bytes: int) -> RequestHeaders:
         attempt=request.attempt,
         ttft_slo_ms=request.ttft_slo_ms,
         size_bytes=size_bytes,
+        model_bytes=min(request.model_bytes, MODEL_BYTES_MAX),
     )
 
 

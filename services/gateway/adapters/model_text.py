@@ -63,7 +63,10 @@ class TokenizerText:
         self._spelling = Spelling(self._tokenizer)
         self._bos_id = self._read_bos(config, version)
         source = template_source(files, config)
-        self._template_error = f"model {self._model!r} has no chat template: use a plain prompt"
+        self._template_error = (
+            f"model {self._model!r} has no chat template, so messages cannot be made into its prompt: "
+            "use Generate with a prompt (gRPC) or /v1/completions (HTTP)"
+        )
         self._template: ChatTemplate | None = None
         if source is not None:
             try:

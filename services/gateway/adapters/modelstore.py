@@ -1,6 +1,7 @@
 """The modelstore, seen from the gateway: a catalogue that follows it, and verified files.
 
-The last catalogue stays in use while the modelstore is away: names that were known go on working.
+The modelstore pushes every change, so what a name stands for is known here as soon as it is sent. The
+last catalogue stays in use while the modelstore is away: names that were known go on working.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +17,14 @@ import grpc
 from loom.modelstore.v1 import modelstore_pb2 as pb
 from loom.modelstore.v1 import modelstore_pb2_grpc
 
-from services.gateway.core.catalogue import Catalogue, FileRef, ModelEntry, ModelVersion, Target
+from services.gateway.core.canaries import Target
+from services.gateway.core.catalogue import Catalogue, Deprecation, FileRef, ModelEntry, ModelVersion
 from tokenloom.kit.errors import CallError, from_rpc_error
 from tokenloom.kit.logs import get_logger
 
 RETRY_INITIAL_S = 0.1
 RETRY_MAX_S = 2.0
+"""The longest pause between two attempts to follow again; each is drawn from its upper half."""
 FETCH_TIMEOUT_S = 60.0
 
 log = get_logger(__name__)
@@ -66,7 +70,8 @@ class ModelstoreCatalogue:
                 log.exception("a catalogue that cannot be read")
             finally:
                 call.cancel()
-            await asyncio.sleep(pause_s)
+            # Gateways that lost the same modelstore do not all come back at once.
+            await asyncio.sleep(pause_s * (0.5 + random.random() / 2))
             pause_s = min(RETRY_MAX_S, pause_s * 2)
 
 
@@ -98,7 +103,15 @@ def _version(name: str, version: pb.Version) -> ModelVersion:
         license=manifest.license,
         created_unix_ms=manifest.created_at.ToMilliseconds(),
         files=tuple(FileRef(f.path, f.digest, f.size_bytes) for f in manifest.files),
+        weight_bytes=manifest.weight_bytes,
+        deprecation=_deprecation(version),
     )
+
+
+def _deprecation(version: pb.Version) -> Deprecation | None:
+    if not version.HasField("deprecation"):
+        return None
+    return Deprecation(version.deprecation.message, version.deprecation.since.ToMilliseconds())
 
 
 class BlobFetcher:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from services.gateway.core.canaries import Target
 from services.gateway.core.refusal import Refusal, Violation, invalid
 from tokenloom.contract.models import DEFAULT_ALIAS, ModelRef
 
@@ -25,6 +26,15 @@ class FileRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Deprecation:
+    """A version that is served as before, but not for ever."""
+
+    message: str
+    """Why, and what to use instead."""
+    since_unix_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelVersion:
     """What the gateway must know of one immutable version."""
 
@@ -39,6 +49,9 @@ class ModelVersion:
     license: str = ""
     created_unix_ms: int = 0
     files: tuple[FileRef, ...] = ()
+    weight_bytes: int = 0
+    """0: not known."""
+    deprecation: Deprecation | None = None
 
     @property
     def full_name(self) -> str:
@@ -51,14 +64,6 @@ class ModelVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """One share of an alias's traffic; `weight` is relative to the sum."""
-
-    digest: str
-    weight: int
-
-
-@dataclass(frozen=True, slots=True)
 class ModelEntry:
     """One name: its aliases and versions, the latter by digest."""
 
@@ -66,26 +71,48 @@ class ModelEntry:
     aliases: Mapping[str, Sequence[Target]] = field(default_factory=dict)
     versions: Mapping[str, ModelVersion] = field(default_factory=dict)
 
-    def by_alias(self, alias: str, draw: float) -> ModelVersion | None:
-        """The version that `draw` in [0, 1) falls to; None when the alias names nothing here."""
-        targets = [t for t in self.aliases.get(alias, ()) if t.digest in self.versions]
-        total = sum(target.weight for target in targets)
-        mark = draw * total
-        for target in targets:
-            mark -= target.weight
-            if mark < 0:
-                return self.versions[target.digest]
-        return None
+    def targets(self, alias: str) -> tuple[Target, ...]:
+        """The alias's shares whose versions are here; empty when it names nothing."""
+        return tuple(t for t in self.aliases.get(alias, ()) if t.digest in self.versions)
+
+    def main(self, alias: str) -> ModelVersion | None:
+        """The version with the largest share, of equal ones the first; None when it names nothing."""
+        targets = self.targets(alias)
+        return self.versions[_heaviest(targets).digest] if targets else None
 
     def representative(self) -> ModelVersion | None:
-        """What the bare name stands for, or else the first alias; None without any."""
+        """What the bare name mainly stands for, or else the first alias; None without any."""
         aliases = sorted(self.aliases, key=lambda alias: (alias != DEFAULT_ALIAS, alias))
-        found = (self.by_alias(alias, 0.0) for alias in aliases)
+        found = (self.main(alias) for alias in aliases)
         return next((version for version in found if version is not None), None)
 
     def by_digest(self, prefix: str) -> list[ModelVersion]:
         """Every version whose digest begins like this."""
         return [version for digest, version in self.versions.items() if digest.startswith(prefix)]
+
+
+def _heaviest(targets: Sequence[Target]) -> Target:
+    return max(targets, key=lambda target: target.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a model string leaves to choose from: the shares of an alias, or the one version of a digest."""
+
+    entry: ModelEntry
+    alias: str
+    """`name@alias`, or `name@sha256:…`."""
+    targets: tuple[Target, ...]
+    """At least one."""
+
+    def version(self, target: Target) -> ModelVersion:
+        """The version that a target stands for."""
+        return self.entry.versions[target.digest]
+
+    @property
+    def main(self) -> ModelVersion:
+        """The one with the largest share, for questions that are no traffic."""
+        return self.version(_heaviest(self.targets))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +121,8 @@ class Catalogue:
 
     models: Mapping[str, ModelEntry]
 
-    def resolve(self, ref: ModelRef, draw: float) -> ModelVersion:
-        """One version; `draw` in [0, 1) chooses among an alias's targets.
+    def candidates(self, ref: ModelRef) -> Candidates:
+        """What a request for this may be given.
 
         Raises Refusal (MODEL_NOT_FOUND, or FIELD_INVALID for an ambiguous digest).
         """
@@ -104,17 +131,17 @@ class Catalogue:
         if entry is None:
             raise self._not_found(asked)
         if ref.digest_prefix is None:
-            found = entry.by_alias(ref.alias or DEFAULT_ALIAS, draw)
-            if found is None:
+            targets = entry.targets(ref.alias or DEFAULT_ALIAS)
+            if not targets:
                 known = ", ".join(sorted(entry.aliases)) or "none"
                 raise self._not_found(asked, f"; aliases of {ref.name}: {known}")
-            return found
+            return Candidates(entry, str(ref), targets)
         versions = entry.by_digest(ref.digest_prefix)
         if not versions:
             raise self._not_found(asked)
         if len(versions) > 1:
             raise invalid([Violation("model", f"{asked} means {len(versions)} versions: give more digits")])
-        return versions[0]
+        return Candidates(entry, str(ref), (Target(versions[0].digest, 1),))
 
     def in_use(self) -> list[ModelVersion]:
         """Every version that an alias names."""
@@ -133,7 +160,7 @@ class Catalogue:
             name if alias == DEFAULT_ALIAS else f"{name}@{alias}"
             for name, entry in self.models.items()
             for alias in entry.aliases
-            if entry.by_alias(alias, 0.0) is not None
+            if entry.targets(alias)
         )
 
     def _not_found(self, asked: str, more: str = "") -> Refusal:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from services.gateway.core.json_fields import Fields, all_integers, kind_of
 from services.gateway.core.openai_chat import read_messages
@@ -25,7 +26,7 @@ from services.gateway.core.request import (
     TextPrompt,
     TokenPrompt,
 )
-from services.gateway.core.validation import SEED_MAX
+from services.gateway.core.validation import SEED_MAX, SESSION_KEY_CHARS_MAX
 
 SEED_MIN = -(2**63)
 PRIORITIES = {priority.name.lower(): priority for priority in Priority}
@@ -36,12 +37,13 @@ _IGNORED = (
     "prediction",
     "prompt_cache_key",
     "prompt_cache_retention",
-    "safety_identifier",
     "service_tier",
     "spaces_between_special_tokens",
     "store",
-    "user",
 )
+_SESSION_FIELDS = ("user", "safety_identifier")
+"""Who asks, the first that is given. `prompt_cache_key` is none of them: it names a beginning that many
+callers share, and would move them all to one version at once."""
 
 
 def _empty(value: object) -> bool:
@@ -203,6 +205,7 @@ def _parse(
         stops=_stops(fields, max_new_tokens),
         output=_output(fields, logprobs, top_logprobs),
         priority=_priority(fields),
+        session_key=_session_key(fields),
         cache_salt=fields.string("cache_salt") or "",
     )
     options = _stream_options(fields)
@@ -300,6 +303,15 @@ def _priority(fields: Fields) -> Priority:
         return PRIORITIES[value.lower()]
     fields.problem("priority", f"must be one of {', '.join(PRIORITIES)}, not {kind_of(value)}")
     return Priority.STANDARD
+
+
+def _session_key(fields: Fields) -> str:
+    given = [fields.string(name) or "" for name in _SESSION_FIELDS]
+    key = next(filter(None, given), "")
+    if len(key) <= SESSION_KEY_CHARS_MAX:
+        return key
+    # OpenAI bounds neither, and only sameness counts.
+    return blake2b(key.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
 
 
 def _stream_options(fields: Fields) -> StreamOptions:

@@ -77,6 +77,8 @@ class SequenceRequest:
     prefix: tuple[int, ...]
     ttft_slo_ms: int = 0
     """The caller's wish; 0: none."""
+    model_bytes: int = 0
+    """Of the version's weights; 0: not known."""
 
 
 class WorkerStream(Protocol):

@@ -1,9 +1,9 @@
 """Whether a failed attempt is made again, and when.
 
 Refused before a worker began (full, draining, unreachable): again until the deadline, for nothing
-was spent. A policy's answer (queue full, shed, no capacity) goes to the caller, unless a worker had
-begun already: then the mesh owes the rest. Breaks without any progress are few, so that a request
-that kills engines does not kill many.
+was spent. A policy's answer (queue full, shed, no capacity, no memory for the model) goes to the caller
+with its hint, unless a worker had begun already: then the mesh owes the rest. Breaks without any
+progress are few, so that a request that kills engines does not kill many.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ BACKOFF_DOUBLINGS_MAX = 16
 
 RESENT_REASONS = frozenset({"WORKER_FULL", "ENGINE_RESTARTED", "SERVICE_UNAVAILABLE", "DRAINING"})
 NOT_READY_ATTEMPTS_MAX = 16
-"""Attempts in a row that find no worker with the model: without the batcher, chance picks workers."""
+"""Attempts in a row that find no worker with the model: without the batcher, chance picks workers. A
+MODEL_NOT_READY with a hint when to try again is no worker's: then the batcher has waited already."""
 BREAK_REASONS = frozenset({"ENGINE_RESTARTED"})
 """Reasons that mean a worker had begun, even when it had sent nothing yet."""
 
@@ -56,17 +57,17 @@ class RetryPolicy:
             return None
         if journal.breaks > self.breaks_max:
             return None
-        if not journal.broken and not self._resent(failure.reason, journal.fruitless):
+        if not journal.broken and not self._resent(failure, journal.fruitless):
             return None
         delay = self._backoff_s(max(1, journal.fruitless), jitter)
         if failure.retry_after_s is not None:
             delay = max(delay, failure.retry_after_s * (1 + jitter / 4))
         return delay if delay < seconds_left else None
 
-    def _resent(self, reason: str, fruitless: int) -> bool:
-        if reason == "MODEL_NOT_READY":
-            return fruitless < NOT_READY_ATTEMPTS_MAX
-        return reason in RESENT_REASONS
+    def _resent(self, failure: Failure, fruitless: int) -> bool:
+        if failure.reason == "MODEL_NOT_READY":
+            return failure.retry_after_s is None and fruitless < NOT_READY_ATTEMPTS_MAX
+        return failure.reason in RESENT_REASONS
 
     def _backoff_s(self, failures: int, jitter: float) -> float:
         doubled = ldexp(self.backoff_initial_s, min(failures - 1, BACKOFF_DOUBLINGS_MAX))

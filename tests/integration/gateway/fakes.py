@@ -38,7 +38,14 @@ class FakeModelstore:
         await self._server.stop(0)
 
     def add(self, name: str, files: dict[str, bytes], **facts: object) -> str:
-        """A version made of `files`, its alias `stable`; the version's digest."""
+        """A model of one version made of `files`, its alias `stable`; the version's digest."""
+        self.models[name] = modelstore_pb2.Model(name=name)
+        version = self.release(name, files, **facts)
+        self.point(name, "stable", {version: 1})
+        return version
+
+    def release(self, name: str, files: dict[str, bytes], **facts: object) -> str:
+        """One more version of a model, which no alias names; its digest."""
         manifest = modelstore_pb2.Manifest(
             **({"name": name, "context_length": 512, "vocab_size": 600, "stop_token_ids": [0]} | facts)
         )
@@ -47,11 +54,21 @@ class FakeModelstore:
             self.blobs[digest] = data
             manifest.files.add(path=path, digest=digest, size_bytes=len(data))
         version = "sha256:" + hashlib.sha256(manifest.SerializeToString()).hexdigest()
-        model = modelstore_pb2.Model(name=name)
-        model.versions.add(digest=version, manifest=manifest)
-        model.aliases.add(name="stable", sequence=1).targets.add(digest=version, weight=1)
-        self.models[name] = model
+        self.models[name].versions.add(digest=version, manifest=manifest)
         return version
+
+    def point(self, name: str, alias: str, weights: dict[str, int]) -> None:
+        """Set an alias to these digests."""
+        aliases = self.models[name].aliases
+        changed = next((known for known in aliases if known.name == alias), None) or aliases.add(name=alias)
+        changed.sequence += 1
+        del changed.targets[:]
+        for digest, weight in weights.items():
+            changed.targets.add(digest=digest, weight=weight)
+
+    def version(self, name: str, digest: str) -> modelstore_pb2.Version:
+        """A version, to be changed in place."""
+        return next(version for version in self.models[name].versions if version.digest == digest)
 
     async def change(self) -> None:
         """Push the catalogue as it is now."""

@@ -185,7 +185,7 @@ async def test_a_wish_that_is_no_time_is_a_400_that_names_the_header(house):
         ({"frobnicate": 1}, 400, "field_invalid", "frobnicate", "is not a field"),
         ({"tools": [{}]}, 400, "feature_unsupported", "tools", "tools: is not supported"),
         ({"max_tokens": 1000}, 400, "context_length_exceeded", None, "context of 512 tokens"),
-        ({"model": "plain"}, 400, "chat_template_missing", None, "no chat template: use a plain prompt"),
+        ({"model": "plain"}, 400, "chat_template_missing", None, "use Generate with a prompt"),
         ({"model": "a b"}, 400, "field_invalid", "model", "is no name"),
         ({"model": None}, 400, "field_invalid", "model", "is required"),
     ],

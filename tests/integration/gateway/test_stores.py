@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,8 +11,8 @@ from loom.modelstore.v1 import modelstore_pb2
 
 from services.gateway.adapters.model_text import TextLimits
 from services.gateway.adapters.modelstore import BlobFetcher, ModelstoreCatalogue, catalogue_of
-from services.gateway.adapters.text_store import ModelTextStore, StoreLimits
-from services.gateway.core.catalogue import FileRef
+from services.gateway.adapters.text_store import LOADS_MAX, ModelTextStore, StoreLimits
+from services.gateway.core.catalogue import Deprecation, FileRef
 from tests.integration.gateway.fakes import FakeModelstore
 from tests.unit.gateway.made import byte_level, files_of
 from tokenloom.kit.channels import open_channel
@@ -77,6 +78,23 @@ async def test_only_the_latest_used_texts_are_kept(shop):
     assert shop.modelstore.fetches == before + 2
 
 
+async def test_a_text_that_a_request_holds_is_not_loaded_again_however_many_others_come(shop):
+    a, b, c = (shop.version(name) for name in "abc")
+    held = await shop.texts.text(a)
+    await shop.texts.text(b)
+    await shop.texts.text(c)
+    before = shop.modelstore.fetches
+    assert await shop.texts.text(a) is held
+    assert shop.modelstore.fetches == before
+    await shop.texts.text(b)
+    await shop.texts.text(c)
+    del held
+    gc.collect()
+    before = shop.modelstore.fetches
+    await shop.texts.text(a)
+    assert shop.modelstore.fetches == before + 2
+
+
 async def test_a_failed_load_is_not_remembered(shop):
     version = shop.version("a")
     digest = version.file("tokenizer.json").digest
@@ -101,6 +119,39 @@ async def test_warming_goes_on_past_a_broken_version(shop):
     before = shop.modelstore.fetches
     await shop.texts.text(shop.version("a"))
     assert shop.modelstore.fetches == before
+
+
+async def test_warming_takes_nothing_away_from_those_that_are_used(shop):
+    a, b, c = (shop.version(name) for name in "abc")
+    await shop.texts.text(b)
+    await shop.texts.text(c)
+    before = shop.modelstore.fetches
+    await shop.texts.warm([a, b, c])
+    assert shop.modelstore.fetches == before
+    await shop.texts.text(b)
+    await shop.texts.text(c)
+    assert shop.modelstore.fetches == before
+
+
+async def test_no_more_than_a_few_texts_are_loaded_at_once(shop):
+    names = [f"m{number}" for number in range(3 * LOADS_MAX)]
+    for name in names:
+        shop.modelstore.add(name, files_of(TOKENIZER, {"name": name}))
+    open_at_once = most = 0
+    fetch = shop.blobs.fetch
+
+    async def counted(file, bytes_max):
+        nonlocal open_at_once, most
+        open_at_once += 1
+        most = max(most, open_at_once)
+        try:
+            return await fetch(file, bytes_max)
+        finally:
+            open_at_once -= 1
+
+    shop.blobs.fetch = counted
+    await asyncio.gather(*[shop.texts.text(shop.version(name)) for name in names])
+    assert most == LOADS_MAX
 
 
 @pytest.mark.parametrize("stated", [10 << 20, 5])
@@ -139,6 +190,17 @@ async def test_a_catalogue_that_cannot_be_used_does_not_end_the_subscription(sho
     await seen.get()
     assert (await asyncio.wait_for(seen.get(), 5)).names() == ["a", "b", "c"]
     await catalogue.close()
+
+
+def test_what_a_version_weighs_and_whether_it_is_deprecated_is_read():
+    model = modelstore_pb2.Model(name="m")
+    model.versions.add(digest="sha256:a", manifest=modelstore_pb2.Manifest(name="m", weight_bytes=7))
+    model.versions.add(digest="sha256:b", manifest=modelstore_pb2.Manifest(name="m"))
+    model.versions[1].deprecation.message = "use a"
+    model.versions[1].deprecation.since.FromMilliseconds(1_500)
+    versions = catalogue_of([model]).models["m"].versions
+    assert (versions["sha256:a"].weight_bytes, versions["sha256:a"].deprecation) == (7, None)
+    assert versions["sha256:b"].deprecation == Deprecation("use a", 1_500)
 
 
 def test_weights_below_one_count_as_one():

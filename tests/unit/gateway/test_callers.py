@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.gateway.callers import request_id_of, tenant_of, ttft_slo_ms_of
+from services.gateway.callers import request_id_of, session_key_of, tenant_of, ttft_slo_ms_of
 from services.gateway.core.refusal import Refusal
 
 
@@ -29,6 +29,13 @@ def test_an_id_that_cannot_travel_in_headers_is_refused(value):
 )
 def test_the_tenant_is_the_fairness_id_or_its_older_name(headers, tenant):
     assert tenant_of(headers) == tenant
+
+
+def test_the_session_is_its_header_or_nothing():
+    assert session_key_of({"x-session-id": "s-1"}) == "s-1"
+    assert session_key_of({}) == session_key_of({"x-session-id": ""}) == ""
+    with pytest.raises(Refusal, match="x-session-id: must be at most 128 printable ASCII"):
+        session_key_of({"x-session-id": "two words"})
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loom.worker.v1 import worker_pb2
 
-from services.gateway.adapters.mesh import failure_of, from_proto, to_proto
+from services.gateway.adapters.mesh import _headers, failure_of, from_proto, to_proto
 from services.gateway.core.plan import FilledSampling
 from services.gateway.core.request import Finish
 from services.gateway.core.retry import RESENT_REASONS
 from tests.unit.gateway.test_runner import request
+from tokenloom.contract.headers import MODEL_BYTES_MAX, RequestHeaders
 from tokenloom.kit.errors import STATUS_DETAILS_KEY, CallError, status_proto
 
 CODE = grpc.StatusCode
@@ -73,6 +74,15 @@ def test_a_request_travels_whole():
     assert sent.sampling.temperature == 0.5
     assert dict(sent.sampling.logit_bias) == {5: -1.0}
     assert all(sent.sampling.HasField(f.name) for f in sent.sampling.DESCRIPTOR.fields if f.has_presence)
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"), [(269_000_000, 269_000_000), (0, 0), (MODEL_BYTES_MAX + 1, MODEL_BYTES_MAX)]
+)
+def test_the_size_of_the_weights_travels_where_it_is_known(stated, told):
+    pairs = dict(_headers(request(model_bytes=stated), 100).encode())
+    assert RequestHeaders.parse(pairs).model_bytes == told
+    assert ("x-loom-model-bytes" in pairs) == (told > 0)
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=5), st.integers(0, 2**31), st.booleans(), st.booleans())

@@ -71,9 +71,13 @@ async def test_a_name_reaches_the_template_only_when_it_is_given(pool):
 
 async def test_a_model_without_a_template_says_so(pool):
     text = text_of(files_of(byte_level()), pool)
-    with pytest.raises(Refusal, match="model 'tiny' has no chat template: use a plain prompt") as refused:
+    with pytest.raises(Refusal) as refused:
         await text.encode(CHAT)
     assert refused.value.reason == "CHAT_TEMPLATE_MISSING"
+    assert refused.value.message == (
+        "model 'tiny' has no chat template, so messages cannot be made into its prompt: "
+        "use Generate with a prompt (gRPC) or /v1/completions (HTTP)"
+    )
 
 
 async def test_a_template_that_refuses_says_why(pool):

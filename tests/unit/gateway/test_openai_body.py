@@ -63,10 +63,37 @@ def test_null_means_absent():
 
 def test_harmless_fields_are_ignored():
     parsed = chat(
-        user="me", metadata={"a": "b"}, store=True, service_tier="auto", parallel_tool_calls=True,
-        safety_identifier="x", prompt_cache_key="k",
+        metadata={"a": "b"}, store=True, service_tier="auto", parallel_tool_calls=True, prompt_cache_key="k",
     )  # fmt: skip
     assert parsed.problems == parsed.unsupported == ()
+    assert parsed.request.session_key == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"user": "me"}, "me"),
+        ({"safety_identifier": "hashed"}, "hashed"),
+        ({"user": "me", "safety_identifier": "hashed"}, "me"),
+        ({"user": "", "safety_identifier": "hashed"}, "hashed"),
+        ({"user": None}, ""),
+    ],
+)
+def test_who_asks_is_the_session(given, key):
+    for parsed in (chat(**given), text(**given)):
+        assert parsed.problems == ()
+        assert parsed.request.session_key == key
+
+
+def test_a_long_user_counts_by_its_hash():
+    long = chat(user="x" * 5000).request.session_key
+    assert len(long) == 64
+    assert long == chat(user="x" * 5000).request.session_key != chat(user="x" * 5001).request.session_key
+    assert chat(user="x" * 128).request.session_key == "x" * 128
+
+
+def test_a_user_that_is_no_string_is_named():
+    assert problems(chat(user=7)) == {"user": "must be a string, not the number 7"}
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,14 @@ def test_a_refusal_that_cost_nothing_is_sent_again(reason):
     assert delay(reason, journal()) is not None
 
 
-@pytest.mark.parametrize("reason", ["QUEUE_FULL", "SHED", "NO_CAPACITY", "TENANT_OVER_SHARE"])
+@pytest.mark.parametrize(
+    "reason", ["QUEUE_FULL", "SHED", "NO_CAPACITY", "TENANT_OVER_SHARE", "MODEL_MEMORY_BUSY"]
+)
 def test_a_policys_answer_goes_to_the_caller(reason):
     assert delay(reason, journal()) is None
 
 
-@pytest.mark.parametrize("reason", ["QUEUE_FULL", "NO_CAPACITY"])
+@pytest.mark.parametrize("reason", ["QUEUE_FULL", "NO_CAPACITY", "MODEL_MEMORY_BUSY"])
 def test_once_a_worker_had_begun_the_rest_is_owed_whatever_the_policy_says(reason):
     assert delay(reason, journal(breaks=1)) is not None
 
@@ -61,6 +63,11 @@ def test_a_model_that_no_worker_holds_is_not_looked_for_until_the_deadline():
         if patient.delay_s(failure, journal(attempts=n), seconds_left=60, jitter=0.5) is not None
     ]  # fmt: skip
     assert tries == list(range(1, 16))
+
+
+def test_a_batcher_that_waited_for_the_model_already_is_not_asked_again_for_the_caller():
+    assert delay("MODEL_NOT_READY", journal(), hint=2.0) is None
+    assert delay("MODEL_NOT_READY", journal(breaks=1), hint=2.0) is not None
 
 
 def test_waiting_grows_and_is_bounded():
