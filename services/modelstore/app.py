@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -11,17 +13,23 @@ import gguf
 from loom.modelstore.v1 import modelstore_pb2 as pb
 
 from services.modelstore import metrics
-from services.modelstore.adapters.objects import FolderObjects
+from services.modelstore.adapters.objects_url import open_objects
 from services.modelstore.adapters.process import SpawnedConverter
 from services.modelstore.adapters.scratch import Scratch
 from services.modelstore.adapters.sources import LocalSources
+from services.modelstore.adapters.web import HttpFiles
 from services.modelstore.blobs import Blobs
 from services.modelstore.core.manifest import blob_path
+from services.modelstore.core.places import is_url
+from services.modelstore.core.urls import Url
+from services.modelstore.downloading import Downloader
+from services.modelstore.garbage import Collector
 from services.modelstore.importer import Importer, Limits
 from services.modelstore.inspection import Inspector
 from services.modelstore.servicer import QUIET, ModelStoreServicer
 from services.modelstore.settings import ModelstoreSettings
 from services.modelstore.store import Store
+from services.modelstore.verify import Verifier
 from tokenloom.kit.clock import SystemClock
 from tokenloom.kit.logs import get_logger
 from tokenloom.kit.server import GrpcServer
@@ -29,28 +37,36 @@ from tokenloom.kit.server import GrpcServer
 SCRATCH = ".scratch"
 CHUNK_BYTES = 1024 * 1024
 FETCHES_MAX = 64
+GC_MIN_AGE_S = 24 * 3600.0
 
 log = get_logger(__name__)
 
 
 class _Parts:
-    """Everything on one folder. Raises OSError when the folder cannot be used."""
+    """Everything on one store. Raises OSError when it cannot be used."""
 
     def __init__(
         self,
-        folder: Path,
+        place: str,
+        scratch_dir: Path,
         roots: Sequence[Path] | None,
+        urls: Sequence[Url] | None,
         limits: Limits,
         chunk_bytes: int = CHUNK_BYTES,
         fetches_max: int = FETCHES_MAX,
+        gc_min_age_s: float = GC_MIN_AGE_S,
+        verify_threads: int = 0,
     ) -> None:
-        objects = FolderObjects(folder)
-        self.store = Store(objects, SystemClock())
+        objects, clock = open_objects(place), SystemClock()
+        self.store = Store(objects, clock)
         inspector = Inspector(LocalSources(roots), *_tensor_types())
-        scratch = Scratch(folder / SCRATCH)
-        importer = Importer(self.store, objects, inspector, SpawnedConverter(), scratch, limits)
+        scratch = Scratch(scratch_dir)
+        downloader = Downloader(HttpFiles(urls), scratch, limits.download_bytes_max)
+        importer = Importer(self.store, objects, inspector, SpawnedConverter(), scratch, downloader, limits)
         blobs = Blobs(self.store, objects, chunk_bytes, fetches_max)
-        self.servicer = ModelStoreServicer(self.store, importer, blobs)
+        collector = Collector(self.store, objects, clock, scratch.sweep, gc_min_age_s)
+        verifier = Verifier(self.store, objects, verify_threads or len(os.sched_getaffinity(0)))
+        self.servicer = ModelStoreServicer(self.store, importer, blobs, collector, verifier)
 
 
 def _tensor_types() -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
@@ -78,9 +94,18 @@ class ModelstoreService:
             convert_threads=settings.convert_threads,
             imports_max=settings.imports_max,
             imports_waiting_max=settings.imports_waiting_max,
+            download_bytes_max=settings.download_bytes_max,
         )
         self._parts = _Parts(
-            settings.store_dir, settings.roots, limits, settings.chunk_bytes, settings.fetches_max
+            settings.store_dir,
+            settings.scratch_dir or Path(settings.store_dir) / SCRATCH,
+            settings.roots,
+            settings.urls,
+            limits,
+            settings.chunk_bytes,
+            settings.fetches_max,
+            settings.gc_min_age_s,
+            settings.verify_threads,
         )
         await self._parts.store.refresh()
         metrics.VERSIONS.set(len(self._parts.store.catalogue.versions))
@@ -92,7 +117,7 @@ class ModelstoreService:
         self._polling = asyncio.create_task(self._poll(self._parts.store))
         await self._server.set_serving(True)
         self._why_not = ""
-        log.info("modelstore serves", port=self.port, store_dir=str(settings.store_dir))
+        log.info("modelstore serves", port=self.port, store_dir=settings.store_dir)
 
     def readiness(self) -> str:
         return self._why_not
@@ -112,7 +137,7 @@ class ModelstoreService:
             await self._server.stop(0)
 
     async def _poll(self, store: Store) -> None:
-        """See what other processes change in the folder. A failed look changes nothing and is tried again."""
+        """See what other processes change in the store. A failed look changes nothing and is tried again."""
         while True:
             await asyncio.sleep(self._settings.poll_interval_ms / 1000)
             try:
@@ -131,27 +156,35 @@ def build(settings: ModelstoreSettings) -> ModelstoreService:
     return ModelstoreService(settings)
 
 
-async def open_offline(store_dir: Path) -> ModelStoreServicer:
-    """The service's methods on a folder, in this process and without a port.
+async def open_offline(store_dir: Path | str) -> ModelStoreServicer:
+    """The service's methods on a folder or a URL, in this process and without a port.
 
-    For callers who could read and write the folder anyway: every source that they can read may be
-    imported. Raises OSError when the folder cannot be used.
+    For callers who could read and write the store anyway: every source that they can read, or fetch, may be
+    imported. Imports into a URL are worked on in the system's folder for temporary files. Raises OSError
+    when the store cannot be used.
     """
-    parts = _Parts(store_dir, None, Limits())
+    place = str(store_dir)
+    scratch = (
+        Path(tempfile.gettempdir(), f"tokenloom-{os.getuid()}") if is_url(place) else Path(place, SCRATCH)
+    )
+    parts = _Parts(place, scratch, None, None, Limits())
     await parts.store.refresh()
     return parts.servicer
 
 
 def import_offline(
-    store_dir: Path,
+    store_dir: Path | str,
     source: str,
     name: str,
     dtype: str = "",
     aliases: Sequence[str] = (),
     on_progress: Callable[[pb.Progress], None] = lambda _: None,
+    source_digest: str = "",
 ) -> pb.Imported:
-    """Import into a folder without a mesh. Raises CallError, and OSError for a folder that cannot be used."""
-    request = pb.ImportModelRequest(source=source, name=name, dtype=dtype, aliases=aliases)
+    """Import into a store without a mesh. Raises CallError, and OSError for a store that cannot be used."""
+    request = pb.ImportModelRequest(
+        source=source, name=name, dtype=dtype, aliases=aliases, source_digest=source_digest
+    )
 
     async def run() -> pb.Imported:
         servicer = await open_offline(store_dir)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.modelstore.core import folder_source, gguf_source
@@ -15,8 +15,10 @@ from services.modelstore.core.gguf import HEAD_BYTES_MAX, MAGIC
 from services.modelstore.core.gguf_source import GGUF_NAME
 from services.modelstore.core.ports import Source, SourceFile, Sources
 from services.modelstore.core.refusal import source_invalid
+from services.modelstore.core.safetensors import check_index, check_safetensors
 
 SAFETENSORS_HEAD_BYTES_MAX = 64 * 1024 * 1024
+ZIP_MAGIC = b"PK"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +27,17 @@ class Inspected:
 
     kind: str
     label: str
+    is_file: bool
+    """Whether the source is one file, not a folder."""
     files: tuple[SourceFile, ...]
     """Every file whose bytes may change the result."""
     license: str
     options: Mapping[str, str]
     provenance: Mapping[str, str]
+
+    def staged(self, file: SourceFile) -> str:
+        """What the converter finds it as: a single file's own name means nothing."""
+        return GGUF_NAME if self.is_file else file.path
 
 
 class Inspector:
@@ -47,15 +55,20 @@ class Inspector:
 
     def inspect(self, path: str) -> Inspected:
         """Raises Refused: SOURCE_NOT_FOUND, SOURCE_INVALID, MODEL_UNSUPPORTED, PERMISSION_DENIED."""
-        source = self.sources.open(path)
+        return self._inspect(self.sources.open(path))
+
+    def inspect_fetched(self, fetched: Sources, path: str, label: str) -> Inspected:
+        """As `inspect`, for files that were brought here; `label` says where from."""
+        return self._inspect(replace(fetched.open(path), label=label))
+
+    def _inspect(self, source: Source) -> Inspected:
         return self._folder(source) if source.is_folder else self._file(source)
 
     def stage(self, inspected: Inspected, folder: Path) -> None:
         """Make a folder in which the converter finds the source's files and no others."""
         folder.mkdir()
         for file in inspected.files:
-            name = GGUF_NAME if inspected.kind == "gguf" else file.path
-            (folder / name).symlink_to(file.location)
+            (folder / inspected.staged(file)).symlink_to(file.location)
 
     def check_unchanged(self, inspected: Inspected) -> None:
         """Raises Refused when a file is no longer the one that was looked at and hashed."""
@@ -67,8 +80,8 @@ class Inspector:
 
     def _file(self, source: Source) -> Inspected:
         file = source.files[0]
-        magic = self.sources.head(file, len(MAGIC))
-        if magic != MAGIC:
+        magic = self.sources.head(file, folder_source.UNKNOWN_HEAD_BYTES)
+        if not magic.startswith(MAGIC):
             raise folder_source.refuse_unknown_file(source.label, magic)
         head = self.sources.head(file, HEAD_BYTES_MAX)
         plan = gguf_source.inspect(source.label, head, file.size_bytes, self._block_sizes, self._type_names)
@@ -78,16 +91,21 @@ class Inspector:
             "end_ids": json.dumps(plan.end_ids),
         }
         provenance = {"format": f"gguf {plan.quantization}"}
-        return Inspected("gguf", source.label, source.files, plan.license, options, provenance)
+        return Inspected("gguf", source.label, True, source.files, plan.license, options, provenance)
 
     def _folder(self, source: Source) -> Inspected:
         sizes = {file.path: file.size_bytes for file in source.files}
         plan = folder_source.inspect(source.label, sizes, self._small_files(source))
         used = tuple(file for file in source.files if file.path in plan.used)
-        for file in used:
-            if file.path in plan.weights:
-                self._check_weights(source.label, file)
-        return Inspected("folder", source.label, used, plan.license, {}, {"format": "safetensors"})
+        weights = [file for file in used if file.path in plan.weights]
+        if plan.format == "pytorch":
+            for file in weights:
+                self._check_checkpoint(source.label, file)
+        else:
+            held = {file.path: self._check_weights(source.label, file) for file in weights}
+            check_index(source.label, folder_source.INDEX, plan.weight_map, held)
+        provenance = {"format": plan.format}
+        return Inspected("folder", source.label, False, used, plan.license, {}, provenance)
 
     def _small_files(self, source: Source) -> dict[str, bytes]:
         small = {}
@@ -101,11 +119,18 @@ class Inspector:
             small[name] = self.sources.head(file, file.size_bytes)
         return small
 
-    def _check_weights(self, label: str, file: SourceFile) -> None:
+    def _check_weights(self, label: str, file: SourceFile) -> frozenset[str]:
+        """The tensors of a safetensors file."""
         length = int.from_bytes(self.sources.head(file, 8), "little")
         if length > SAFETENSORS_HEAD_BYTES_MAX and length <= file.size_bytes:
             raise source_invalid(
                 label, f"{file.path} has a header of {length} bytes; at most {SAFETENSORS_HEAD_BYTES_MAX}"
             )
         head = self.sources.head(file, 8 + min(length, SAFETENSORS_HEAD_BYTES_MAX))
-        folder_source.check_safetensors(label, file.path, head, file.size_bytes)
+        return check_safetensors(label, file.path, head, file.size_bytes)
+
+    def _check_checkpoint(self, label: str, file: SourceFile) -> None:
+        """What is in it, only the converter looks at."""
+        if not self.sources.head(file, len(ZIP_MAGIC)).startswith(ZIP_MAGIC):
+            cause = f"{file.path} is no checkpoint as PyTorch writes it since version 1.6"
+            raise source_invalid(label, f"{cause}; fetch it again, or save the model as safetensors")

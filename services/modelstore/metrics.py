@@ -28,3 +28,10 @@ POLL_FAILURES = Counter(
     "tokenloom_modelstore_poll_failures_total",
     "Looks at the store that failed; the last catalogue is served on.",
 )
+COLLECTED_BLOBS = Counter("tokenloom_modelstore_collected_blobs_total", "Blobs deleted as garbage.")
+COLLECTED_BYTES = Counter("tokenloom_modelstore_collected_bytes_total", "Bytes of blobs deleted as garbage.")
+VERIFIED_BYTES = Counter("tokenloom_modelstore_verified_bytes_total", "Bytes read by Verify that ended.")
+DAMAGED = Counter(
+    "tokenloom_modelstore_damaged_total",
+    "Blobs and manifests that Verify found missing or damaged. Import the model again to mend one.",
+)

@@ -11,10 +11,15 @@ from loom.modelstore.v1 import modelstore_pb2 as pb
 
 from services.modelstore import metrics, wire
 from services.modelstore.blobs import Blobs
+from services.modelstore.core import deprecations
+from services.modelstore.core.checks import HISTORY_DEFAULT, check_alias_name, check_history, check_min_age
+from services.modelstore.core.ports import StoreError
 from services.modelstore.core.refusal import Refused
 from services.modelstore.core.requests import check_alias, check_digest, check_import
+from services.modelstore.garbage import Collector
 from services.modelstore.importer import Imported, Importer
 from services.modelstore.store import Store
+from services.modelstore.verify import Damaged, Verified, Verifier
 from tokenloom.kit.logs import get_logger
 
 log = get_logger(__name__)
@@ -26,10 +31,14 @@ QUIET = frozenset({"WatchModels"})
 class ModelStoreServicer:
     """`call` is not used: the same object answers offline callers, who have none."""
 
-    def __init__(self, store: Store, importer: Importer, blobs: Blobs) -> None:
+    def __init__(
+        self, store: Store, importer: Importer, blobs: Blobs, collector: Collector, verifier: Verifier
+    ) -> None:
         self._store = store
         self._importer = importer
         self._blobs = blobs
+        self._collector = collector
+        self._verifier = verifier
         self._ending = asyncio.Event()
 
     def end_watches(self) -> None:
@@ -85,11 +94,61 @@ class ModelStoreServicer:
         metrics.ALIAS_CHANGES.inc()
         return pb.SetAliasResponse(alias=wire.alias(state))
 
+    async def ListAliasHistory(
+        self, request: pb.ListAliasHistoryRequest, call: object
+    ) -> pb.ListAliasHistoryResponse:
+        wire.refuse(check_history(request.model, request.alias, request.limit))
+        limit = request.limit or HISTORY_DEFAULT
+        with _translated():
+            changes = await self._store.alias_history(request.model, request.alias, limit)
+        return pb.ListAliasHistoryResponse(changes=[wire.alias(state) for state in changes])
+
+    async def DeleteAlias(self, request: pb.DeleteAliasRequest, call: object) -> pb.DeleteAliasResponse:
+        wire.refuse(check_alias_name(request.model, request.alias))
+        expected = request.expected_sequence if request.HasField("expected_sequence") else None
+        with _translated():
+            await self._store.delete_alias(request.model, request.alias, expected)
+        metrics.ALIAS_CHANGES.inc()
+        return pb.DeleteAliasResponse()
+
+    async def SetDeprecation(
+        self, request: pb.SetDeprecationRequest, call: object
+    ) -> pb.SetDeprecationResponse:
+        problems = deprecations.problems(request.deprecated, request.message)
+        wire.refuse(check_digest("digest", request.digest) + problems)
+        with _translated():
+            version = await self._store.set_deprecation(request.digest, request.deprecated, request.message)
+        return pb.SetDeprecationResponse(version=wire.version(version))
+
     async def DeleteVersion(self, request: pb.DeleteVersionRequest, call: object) -> pb.DeleteVersionResponse:
         wire.refuse(check_digest("digest", request.digest))
         with _translated():
             await self._store.delete_version(request.digest)
         return pb.DeleteVersionResponse()
+
+    async def CollectGarbage(
+        self, request: pb.CollectGarbageRequest, call: object
+    ) -> pb.CollectGarbageResponse:
+        wire.refuse(check_min_age(request.min_age_ms))
+        with _translated():
+            done = await self._collector.run(request.dry_run, request.min_age_ms)
+        if not request.dry_run:
+            metrics.COLLECTED_BLOBS.inc(len(done.deleted))
+            metrics.COLLECTED_BYTES.inc(sum(file.size_bytes for file in done.deleted))
+        return wire.collected(done)
+
+    async def Verify(
+        self, request: pb.VerifyRequest, call: object
+    ) -> AsyncGenerator[pb.VerifyResponse, None]:
+        with _translated():
+            async with aclosing(self._verifier.run(request.model)) as events:
+                async for event in events:
+                    if isinstance(event, Damaged):
+                        metrics.DAMAGED.inc()
+                        log.error("blob is damaged", digest=event.digest, cause=event.problem)
+                    elif isinstance(event, Verified):
+                        metrics.VERIFIED_BYTES.inc(event.bytes)
+                    yield wire.verify_event(event)
 
     async def FetchBlob(
         self, request: pb.FetchBlobRequest, call: object
@@ -112,6 +171,8 @@ def _translated() -> Iterator[None]:
             metrics.DIGEST_MISMATCHES.inc()
             log.error("blob is damaged", digest=refusal.metadata["digest"], cause=refusal.message)
         raise wire.call_error(refusal) from None
+    except StoreError as error:
+        raise wire.store_unavailable(error) from error
 
 
 @contextmanager

@@ -1,36 +1,29 @@
-"""Versions and aliases on top of the objects: the catalogue, kept fresh, and the changes to it.
+"""Versions, aliases and deprecations on top of the objects: the catalogue, kept fresh, and the changes to it.
 
-Several processes may work on one folder. Each polls it, so what another one changed is seen within a
+Several processes may work on one store. Each polls it, so what another one changed is seen within a
 poll; each change of its own is seen at once. Reads are answered from memory.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from services.modelstore.core import aliases
+from services.modelstore.core import aliases, deprecations
 from services.modelstore.core.aliases import AliasKey, AliasState, Target
-from services.modelstore.core.catalogue import Catalogue, StoredVersion
-from services.modelstore.core.manifest import (
-    ImportRecord,
-    Manifest,
-    ManifestError,
-    digest_in_path,
-    import_path,
-    manifest_path,
-    parse_manifest,
-)
+from services.modelstore.core.catalogue import Catalogue, StoredVersion, not_found
+from services.modelstore.core.manifest import ImportRecord, Manifest, blob_path, import_path, manifest_path
 from services.modelstore.core.ports import Objects
 from services.modelstore.core.refusal import Refused
+from services.modelstore.core.series import newest_first, record_path
+from services.modelstore.pins import Pins
+from services.modelstore.reader import Reader
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.logs import get_logger
 
-ALIAS_ATTEMPTS_MAX = 64
-"""Lost races after which a change of an alias without an expected number gives up."""
-
-UNREADABLE_RECORDS_MAX = 8
-"""Records of one alias that are passed over when the newest cannot be read."""
+CHANGE_ATTEMPTS_MAX = 64
+"""Races lost to other processes after which a change gives up."""
 
 log = get_logger(__name__)
 
@@ -41,25 +34,22 @@ class Store:
     def __init__(self, objects: Objects, clock: Clock) -> None:
         self._objects = objects
         self._clock = clock
-        self._versions: dict[str, StoredVersion] = {}
-        self._aliases: dict[tuple[str, str], AliasState] = {}
-        self._broken: set[str] = set()
-        """Digests and paths that were complained about once and are left alone."""
+        self._reader = Reader(objects)
         self._refreshing = asyncio.Lock()
+        self._changing = asyncio.Lock()
+        """Changes of this process come one after the other; only processes race."""
         self._changed = asyncio.Condition()
+        self.pins = Pins(objects)
         self.catalogue = Catalogue((), {})
         self.generation = 0
         """Grows by one with each change of the catalogue."""
 
     async def refresh(self) -> bool:
-        """Read what changed in the folder; whether anything did."""
+        """Read what changed in the store; whether anything did."""
         async with self._refreshing:
-            changed = await self._read_versions() | await self._read_aliases()
-            if changed or self.generation == 0:
-                self.catalogue = Catalogue(self._versions.values(), self._aliases)
-                self.generation += 1
-                async with self._changed:
-                    self._changed.notify_all()
+            changed = await self._reader.read()
+            if changed:
+                await self._show()
             return changed
 
     async def newer_than(self, generation: int) -> int:
@@ -69,7 +59,7 @@ class Store:
             return self.generation
 
     async def resolve(self, model: str) -> StoredVersion:
-        """As Catalogue.resolve; what is not known is looked for in the folder before it is refused."""
+        """As Catalogue.resolve; what is not known is looked for in the store before it is refused."""
         try:
             return self.catalogue.resolve(model)
         except Refused as refusal:
@@ -77,13 +67,28 @@ class Store:
                 raise
             return self.catalogue.resolve(model)
 
+    async def named_blobs(self) -> set[str]:
+        """The blobs that the manifests name which are in the store now."""
+        await self.refresh()
+        return self._reader.named_blobs()
+
     async def publish(self, manifest: Manifest, source: str) -> tuple[StoredVersion, bool]:
-        """Store a manifest whose blobs are all there; the version, and whether it is new."""
+        """Store a manifest whose blobs are all there; the version, and whether it is new.
+
+        Raises Refused with SERVICE_UNAVAILABLE when a blob is gone or damaged after all.
+        """
         digest = manifest.digest
         record = ImportRecord(self._clock.unix_ms(), source)
         # The record first: a version must not be seen without its time, and a record alone is harmless.
         await self._objects.create(import_path(digest), record.to_bytes())
         created = await self._objects.create(manifest_path(digest), manifest.to_bytes())
+        # Pins keep the blobs; this is for an import that was held up until its pin had expired.
+        for file in manifest.files:
+            if await self._objects.size(blob_path(file.digest)) != file.size_bytes:
+                if created:
+                    await self._objects.delete(manifest_path(digest))
+                message = f"{file.path} went missing while {manifest.name} was imported; import it again"
+                raise Refused("SERVICE_UNAVAILABLE", message, service="modelstore")
         await self.refresh()
         return self.catalogue.version(digest), created
 
@@ -91,103 +96,136 @@ class Store:
         self, model: str, alias: str, targets: Sequence[Target], expected_sequence: int | None
     ) -> AliasState:
         """The alias's new state. Raises Refused: MODEL_NOT_FOUND, FIELD_INVALID, ALIAS_CONFLICT."""
+        digests = [target.digest for target in targets]
+        if not all(digest in self.catalogue.versions for digest in digests):
+            await self.refresh()
+        # Held against a delete and a collection that run meanwhile; then looked at once more.
+        async with self.pins.hold(self._blobs(digests)):
+            await self.refresh()
+            wanted = self._check_targets(model, digests)
+            state = await self._change_alias(model, alias, tuple(targets), expected_sequence)
+            # A delete that ran in between saw no alias; now there is one, and it keeps its versions.
+            for version in wanted:
+                await self._objects.create(manifest_path(version.digest), version.manifest.to_bytes())
         await self.refresh()
-        wanted = self._check_targets(model, targets)
-        record = aliases.record_bytes(targets, self._clock.unix_ms())
-        for _ in range(ALIAS_ATTEMPTS_MAX):
-            present = await self._sequence(model, alias)
-            if expected_sequence is not None and present != expected_sequence:
-                raise _conflict(model, alias, f"it is at {present}, not at {expected_sequence}")
-            key = AliasKey(model, alias, present + 1)
-            if await self._objects.create(key.path, record):
-                # A delete that ran in between saw no alias; now there is one, and it keeps its versions.
-                for version in wanted:
-                    await self._objects.create(manifest_path(version.digest), version.manifest.to_bytes())
-                await self.refresh()
-                return AliasState(alias, key.sequence, tuple(targets))
-        raise _conflict(model, alias, f"{ALIAS_ATTEMPTS_MAX} changes by others came first")
+        return state
+
+    async def delete_alias(self, model: str, alias: str, expected_sequence: int | None) -> None:
+        """Take an alias away. Raises Refused: MODEL_NOT_FOUND, ALIAS_CONFLICT."""
+        await self._change_alias(model, alias, (), expected_sequence)
+        await self.refresh()
+
+    async def alias_history(self, model: str, alias: str, limit: int) -> list[AliasState]:
+        """The last `limit` changes, newest first. Raises Refused: MODEL_NOT_FOUND."""
+        numbers = await self._numbers(aliases.folder(model, alias))
+        if not numbers:
+            raise not_found(f"{model}@{alias}")
+        keys = [AliasKey(model, alias, number) for number in numbers[:limit]]
+        found = await asyncio.gather(*(self._objects.get(key.path) for key in keys))
+        changes = []
+        for key, data in zip(keys, found, strict=True):
+            try:
+                changes.append(aliases.parse_record(data or b"", key))
+            except ValueError as error:
+                log.error("record skipped", path=key.path, error=str(error))
+        return changes
+
+    async def set_deprecation(self, digest: str, deprecated: bool, message: str) -> StoredVersion:
+        """Mark a version, or take its mark away. Raises Refused: MODEL_NOT_FOUND."""
+        await self.refresh()
+        present = self.catalogue.version(digest).deprecation
+        if deprecated != (present is not None) or (present and present.message != message):
+            now_ms = self._clock.unix_ms()
+            record = deprecations.record_bytes(deprecated, message, now_ms, _change_name())
+            why = f"{digest} is being marked by others; try again"
+            crowded = Refused("SERVICE_UNAVAILABLE", why, service="modelstore")
+            await self._append(deprecations.folder(digest), record, _anything, crowded)
+            await self.refresh()
+        return self.catalogue.version(digest)
 
     async def delete_version(self, digest: str) -> None:
-        """Forget a version; its blobs stay. Raises Refused: MODEL_NOT_FOUND, MODEL_IN_USE."""
+        """Forget a version; its blobs go with the next collection. Raises Refused: MODEL_NOT_FOUND,
+        MODEL_IN_USE."""
         await self.refresh()
         version = self.catalogue.version(digest)
         self._check_unused(digest)
-        await self._objects.delete(manifest_path(digest))
-        await self.refresh_aliases()
-        try:
-            self._check_unused(digest)
-        except Refused:
-            # An alias was pointed at it in between: the version was in use after all.
-            await self._objects.create(manifest_path(digest), version.manifest.to_bytes())
-            raise
-        finally:
-            await self.refresh()
+        async with self.pins.hold(version.blobs):
+            await self._objects.delete(manifest_path(digest))
+            await self._refresh_aliases()
+            try:
+                self._check_unused(digest)
+            except Refused:
+                # An alias was pointed at it in between: the version was in use after all.
+                await self._objects.create(manifest_path(digest), version.manifest.to_bytes())
+                raise
+            finally:
+                await self.refresh()
 
-    async def refresh_aliases(self) -> None:
+    async def _refresh_aliases(self) -> None:
         """See the newest aliases beside the versions known before."""
         async with self._refreshing:
-            if await self._read_aliases():
-                self.catalogue = Catalogue(self._versions.values(), self._aliases)
+            if await self._reader.read_aliases():
+                await self._show()
 
-    async def _read_versions(self) -> bool:
-        paths = await self._objects.names("manifests")
-        present = {digest for path in paths if (digest := digest_in_path(path))}
-        gone = self._versions.keys() - present
-        for digest in gone:
-            del self._versions[digest]
-        new = present - self._versions.keys() - self._broken
-        for digest in sorted(new):
-            await self._read_version(digest)
-        return bool(gone or new)
+    async def _show(self) -> None:
+        self.catalogue = self._reader.catalogue()
+        self.generation += 1
+        async with self._changed:
+            self._changed.notify_all()
 
-    async def _read_version(self, digest: str) -> None:
-        data = await self._objects.get(manifest_path(digest))
-        if data is None:
-            return
-        try:
-            manifest = parse_manifest(data, digest)
-        except ManifestError as error:
-            self._broken.add(digest)
-            log.error("manifest skipped", digest=digest, error=str(error))
-            return
-        record = ImportRecord.from_bytes(await self._objects.get(import_path(digest)))
-        self._versions[digest] = StoredVersion(digest, manifest, record)
+    async def _change_alias(
+        self, model: str, alias: str, targets: tuple[Target, ...], expected: int | None
+    ) -> AliasState:
+        now_ms = self._clock.unix_ms()
+        record = aliases.record_bytes(targets, now_ms, _change_name())
 
-    async def _read_aliases(self) -> bool:
-        heads = aliases.heads(await self._objects.names(aliases.folder()))
-        moved = [
-            AliasKey(*name, sequence)
-            for name, sequence in sorted(heads.items())
-            if name not in self._aliases or self._aliases[name].sequence != sequence
-        ]
-        moved = [key for key in moved if key.path not in self._broken]
-        gone = self._aliases.keys() - heads.keys()
-        for name in gone:
-            del self._aliases[name]
-        for key in moved:
-            await self._read_alias(key)
-        return bool(moved or gone)
+        async def allowed(present: int) -> None:
+            if targets and expected is None:
+                return
+            there = present > 0 and bool((await self._state(model, alias, present)).targets)
+            if not there and not targets:
+                raise not_found(f"{model}@{alias}")
+            if expected not in (None, present) and (there or expected != 0):
+                raise _conflict(model, alias, f"it is at {present}, not at {expected}")
 
-    async def _read_alias(self, key: AliasKey) -> None:
-        """A record that cannot be read leaves the alias at the one before it."""
-        lowest = max(1, key.sequence - UNREADABLE_RECORDS_MAX)
-        for sequence in range(key.sequence, lowest - 1, -1):
-            record = AliasKey(key.model, key.alias, sequence)
-            try:
-                state = aliases.parse_record(await self._objects.get(record.path) or b"", record)
-            except ValueError as error:
-                log.error("alias record skipped", path=record.path, error=str(error))
-                continue
-            self._aliases[key.model, key.alias] = AliasState(key.alias, key.sequence, state.targets)
-            return
-        self._broken.add(key.path)
+        crowded = _conflict(model, alias, f"{CHANGE_ATTEMPTS_MAX} changes by others came first")
+        number = await self._append(aliases.folder(model, alias), record, allowed, crowded)
+        return AliasState(alias, number, targets, now_ms)
 
-    async def _sequence(self, model: str, alias: str) -> int:
-        paths = await self._objects.names(aliases.folder(model, alias))
-        return aliases.heads(paths).get((model, alias), 0)
+    async def _append(
+        self, folder: str, record: bytes, allowed: Callable[[int], Awaitable[None]], crowded: Refused
+    ) -> int:
+        """Create the next record of a series; its number.
 
-    def _check_targets(self, model: str, targets: Sequence[Target]) -> list[StoredVersion]:
-        versions = [self.catalogue.version(target.digest) for target in targets]
+        `allowed` raises when the present number forbids it; `crowded` is raised when others are always first.
+        """
+        async with self._changing:
+            for _ in range(CHANGE_ATTEMPTS_MAX):
+                present = next(iter(await self._numbers(folder)), 0)
+                await allowed(present)
+                path = record_path(folder, present + 1)
+                # A create that was repeated below, after an answer that was lost, finds its own record.
+                if await self._objects.create(path, record) or await self._objects.get(path) == record:
+                    return present + 1
+        raise crowded
+
+    async def _numbers(self, folder: str) -> list[int]:
+        return newest_first(entry.path for entry in await self._objects.entries(folder))
+
+    async def _state(self, model: str, alias: str, number: int) -> AliasState:
+        """The alias at its newest number, also when that is newer than the catalogue."""
+        known = self._reader.alias(model, alias)
+        if known is None or known.sequence != number:
+            await self._refresh_aliases()
+            known = self._reader.alias(model, alias)
+        return known or AliasState(alias, number, ())
+
+    def _blobs(self, digests: Iterable[str]) -> list[str]:
+        versions = (self.catalogue.versions.get(digest) for digest in digests)
+        return [blob for version in versions if version is not None for blob in version.blobs]
+
+    def _check_targets(self, model: str, digests: Sequence[str]) -> list[StoredVersion]:
+        versions = [self.catalogue.version(digest) for digest in digests]
         for version in versions:
             if version.manifest.name != model:
                 why = f"{version.digest} is a version of {version.manifest.name!r}, not of {model!r}"
@@ -200,6 +238,14 @@ class Store:
             names = ", ".join(used_by)
             message = f"{digest} is named by {names}: point the alias at another version first"
             raise Refused("MODEL_IN_USE", message, model=digest, used_by=names)
+
+
+async def _anything(present: int) -> None:
+    """Allows every change."""
+
+
+def _change_name() -> str:
+    return uuid.uuid4().hex
 
 
 def _conflict(model: str, alias: str, why: str) -> Refused:

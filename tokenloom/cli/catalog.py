@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from loom.modelstore.v1 import modelstore_pb2 as pb
 from loom.modelstore.v1 import modelstore_pb2_grpc as rpc
 
 from tokenloom.cli.errors import CliError
-from tokenloom.contract.models import parse_model
+from tokenloom.contract.models import DEFAULT_ALIAS, parse_model
 from tokenloom.kit.channels import open_channel
 
 SIM_SOURCE = "builtin:sim"
@@ -33,7 +33,8 @@ async def models_to_load(target: str, engine: str, wanted: Sequence[str]) -> lis
             async for _ in stub.ImportModel(request, timeout=CALL_S):
                 pass
             return [SIM_NAME]
-        return choose(stored, engine, wanted)
+        nameless = {m.name for m in listed.models if not any(a.name == DEFAULT_ALIAS for a in m.aliases)}
+        return choose(stored, engine, wanted, nameless)
     finally:
         await channel.close(None)
 
@@ -43,8 +44,12 @@ def is_sim(model: pb.Model) -> bool:
     return all(version.manifest.model_type == "sim" for version in model.versions)
 
 
-def choose(stored: Mapping[str, bool], engine: str, wanted: Sequence[str]) -> list[str]:
-    """Names to load. `stored` says of each model whether it is one without weights."""
+def choose(
+    stored: Mapping[str, bool], engine: str, wanted: Sequence[str], nameless: Collection[str] = ()
+) -> list[str]:
+    """Names to load. `stored` says of each model whether it is one without weights; those in `nameless`
+    have no default alias, so that their name alone stands for nothing.
+    """
     usable = sorted(name for name, sim in stored.items() if engine == "sim" or not sim)
     for model in wanted:
         try:
@@ -66,8 +71,15 @@ def choose(stored: Mapping[str, bool], engine: str, wanted: Sequence[str]) -> li
             "no model in the store: import one with `tokenloom models import SRC --name NAME`, "
             "or start with --engine sim"
         )
+    usable = [name for name in usable if name not in nameless]
+    if not usable:
+        raise CliError(
+            f"no model has an alias {DEFAULT_ALIAS!r}: set one with "
+            f"`tokenloom models alias NAME {DEFAULT_ALIAS} VERSION`, or say which to load with --model"
+        )
     if len(usable) > LOADED_MAX:
         raise CliError(
-            f"the store has {len(usable)} models: say which to load with --model (at most {LOADED_MAX})"
+            f"the store has {len(usable)} models: say which to load at the start with --model "
+            f"(at most {LOADED_MAX}); the others are loaded when they are asked for"
         )
     return usable

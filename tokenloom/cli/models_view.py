@@ -1,65 +1,27 @@
-"""How models look: tables and one-liners for people, plain values for programs."""
+"""How models look to people: tables and one-liners."""
 
 from __future__ import annotations
 
-import json
 import time
-from types import TracebackType
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from loom.modelstore.v1 import modelstore_pb2 as pb
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tokenloom.cli.columns import GAP, Cell, Column, duration, fold
+from tokenloom.cli.models_progress import size
+from tokenloom.cli.models_workers import Residence
+
 SHORT_HEX = 12
-STAGES = {"read": "reading", "convert": "converting", "hash": "hashing", "store": "storing"}
+NONE = "-"
+STATE_STYLES = {"ready": "green", "fetching": "yellow", "loading": "yellow", "failed": "red"}
+AGES = (("year", 31_536_000), ("month", 2_592_000), ("day", 86_400), ("hour", 3600), ("minute", 60))
 
-
-class ImportProgress:
-    """A bar for each stage on a terminal, a line for each elsewhere, nothing when hidden."""
-
-    def __init__(self, console: Console, *, hidden: bool) -> None:
-        self._console = console
-        self._hidden = hidden
-        self._bars = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=hidden or not console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> ImportProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._bars.stop()
-
-    def show(self, progress: pb.Progress) -> None:
-        """One event of the import."""
-        total = progress.total_bytes or None
-        if progress.stage not in self._tasks:
-            label = STAGES.get(progress.stage, progress.stage)
-            self._tasks[progress.stage] = self._bars.add_task(label, total=total)
-            if not self._hidden and not self._console.is_terminal:
-                self._console.print(f"{label} …")
-        self._bars.update(self._tasks[progress.stage], completed=progress.done_bytes, total=total)
+Residents = Mapping[str, Sequence[Residence]] | None
+"""By version; None when no worker was asked."""
 
 
 def short(digest: str) -> str:
@@ -67,30 +29,56 @@ def short(digest: str) -> str:
     return digest[: len("sha256:") + SHORT_HEX]
 
 
-def size(count: int) -> str:
-    """`269.1 MB`."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+def digits(digest: str) -> str:
+    """The digits alone."""
+    return short(digest).removeprefix("sha256:")
 
 
 def parameters(count: int) -> str:
     """`134.5M`, `8.0B`; a dash for a model without weights."""
     if count == 0:
-        return "-"
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+        return NONE
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.1f}{letter}"
+    return str(count)
 
 
-def _created(version: pb.Version) -> str:
-    seconds = version.manifest.created_at.seconds
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else ""
+def ago(moment: Timestamp, now_s: float | None = None) -> str:
+    """`3 hours ago`; empty when it is not known."""
+    if not moment.seconds:
+        return ""
+    seconds = (time.time() if now_s is None else now_s) - moment.seconds
+    for unit, length_s in AGES:
+        if seconds >= length_s:
+            count = int(seconds // length_s)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
 
 
-def _total(version: pb.Version) -> int:
+def _date(moment: Timestamp) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment.seconds)) if moment.seconds else "not known"
+
+
+def total_bytes(version: pb.Version) -> int:
+    """Of all its files."""
     return sum(file.size_bytes for file in version.manifest.files)
+
+
+def shares(targets: Sequence[pb.AliasTarget]) -> str:
+    """`sha256:9f3a0c1b2d4e 90%, sha256:1b2c3d4e5f60 10%`; the shares only where there are several."""
+    if not targets:
+        return "deleted"
+    whole = sum(target.weight for target in targets)
+    several = len(targets) > 1
+    return ", ".join(
+        short(target.digest) + (f" {percent(target.weight, whole)}" if several else "") for target in targets
+    )
+
+
+def percent(part: int, whole: int) -> str:
+    """`10%`, `0.5%`."""
+    return f"{100 * part / whole:.3g}%"
 
 
 def _aliases_of(model: pb.Model, digest: str) -> str:
@@ -98,7 +86,7 @@ def _aliases_of(model: pb.Model, digest: str) -> str:
     for alias in model.aliases:
         weights = {target.digest: target.weight for target in alias.targets}
         if digest in weights:
-            share = f" {100 * weights[digest] / sum(weights.values()):.0f}%" if len(weights) > 1 else ""
+            share = f" {percent(weights[digest], sum(weights.values()))}" if len(weights) > 1 else ""
             names.append(alias.name + share)
     return ", ".join(names)
 
@@ -109,105 +97,145 @@ def imported_line(imported: pb.Imported) -> Text:
     manifest = version.manifest
     verb = "is imported as" if imported.created else "was there already as"
     line = Text.assemble((manifest.name, "bold"), f" {verb} ", (short(version.digest), "cyan"))
+    weights = f"{parameters(manifest.parameters)} parameters, {manifest.dtype}"
+    weights = weights if manifest.parameters else "no weights"
     return line.append(
-        f" ({parameters(manifest.parameters)} parameters, {manifest.dtype}, {size(_total(version))},"
-        f" context {manifest.context_length})",
-        "dim",
+        f" ({weights}, {size(total_bytes(version))}, context {manifest.context_length})", "dim"
     )
 
 
-def table(models: list[pb.Model]) -> Table:
-    """A line for each version."""
-    found = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("MODEL", "VERSION"):
-        found.add_column(title, no_wrap=True)
-    found.add_column("ALIASES")
-    for title in ("PARAMETERS", "SIZE", "CONTEXT", "IMPORTED"):
-        found.add_column(title, justify="right", no_wrap=True)
-    for model in models:
-        for version in model.versions:
-            manifest = version.manifest
-            found.add_row(
-                model.name,
-                Text(short(version.digest).removeprefix("sha256:"), "cyan"),
+def listing(models: Iterable[pb.Model], residents: Residents, width: int) -> RenderableType:
+    """A line for each version; a line for each model that has none left."""
+    rows = [row for model in models for row in _rows(model, residents)]
+    columns = [
+        Column("MODEL", right=False, key=True),
+        Column("VERSION", right=False, key=True),
+        Column("ALIASES", right=False),
+        Column("PARAMETERS"),
+        Column("DTYPE", right=False),
+        Column("SIZE"),
+        Column("CONTEXT"),
+        *([] if residents is None else [Column("RESIDENT", right=False)]),
+        Column("IMPORTED", right=False),
+        Column("NOTE", right=False),
+    ]
+    if not any(str(row[-1]) for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return Group(*fold(columns, rows, max(width, GAP)))
+
+
+def _rows(model: pb.Model, residents: Residents) -> list[list[Cell]]:
+    rows: list[list[Cell]] = []
+    for version in model.versions:
+        manifest = version.manifest
+        mark = version.deprecation.message or "no reason given"
+        rows.append(
+            [
+                Text(model.name, "bold"),
+                Text(digits(version.digest), "cyan"),
                 Text(_aliases_of(model, version.digest), "green"),
                 parameters(manifest.parameters),
-                size(_total(version)),
+                manifest.dtype,
+                size(total_bytes(version)),
                 str(manifest.context_length),
-                _created(version)[:10],
-            )
-    return found
+                *([] if residents is None else [where(residents.get(version.digest, ()))]),
+                ago(manifest.created_at),
+                Text(f"deprecated: {mark}" if version.HasField("deprecation") else "", "yellow"),
+            ]
+        )
+    return rows
 
 
-def details(version: pb.Version, model: pb.Model) -> RenderableType:
+def where(residences: Iterable[Residence]) -> Text:
+    """`worker-0, worker-1 loading 40%`."""
+    text = Text()
+    for residence in residences:
+        text.append(", " if text else "")
+        state, style = residence.state, STATE_STYLES.get(residence.state, "yellow")
+        done = f" {residence.model.progress:.0%}" if state in ("fetching", "loading") else ""
+        text.append(residence.worker.name + ("" if state == "ready" else f" {state}{done}"), style)
+    return text or Text(NONE, "dim")
+
+
+def details(version: pb.Version, model: pb.Model, residences: Sequence[Residence] | None) -> RenderableType:
     """Everything about one version."""
     manifest = version.manifest
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     bos = str(manifest.bos_token_id) if manifest.HasField("bos_token_id") else "none"
+    cache_bytes = manifest.kv_bytes_per_token
+    full_bytes = cache_bytes * manifest.context_length
     rows = {
         "model": manifest.name,
         "version": version.digest,
+        **_mark(version),
         "aliases": _aliases_of(model, version.digest) or "none",
         "architecture": f"{manifest.architecture} ({manifest.model_type})",
         "parameters": parameters(manifest.parameters),
-        "weights": f"{size(manifest.weight_bytes)} as {manifest.dtype}",
+        "weights": f"{size(manifest.weight_bytes)} as {manifest.dtype}" if manifest.weight_bytes else "none",
         "context": f"{manifest.context_length} tokens",
-        "KV cache": f"{size(manifest.kv_bytes_per_token)} a token",
+        "KV cache": f"{size(cache_bytes)} a token, {size(full_bytes)} a full context",
         "vocabulary": str(manifest.vocab_size),
         "stop tokens": ", ".join(map(str, manifest.stop_token_ids)) or "none",
         "first token": bos,
         "chat template": "yes" if manifest.has_chat_template else "no: plain prompts only",
         "licence": manifest.license or "not stated",
-        "imported": _created(version),
+        "imported": _date(manifest.created_at),
         **{f"from: {key}": value for key, value in sorted(manifest.provenance.items())},
         **{f"checked: {key}": value for key, value in sorted(manifest.checked_with.items())},
     }
     for title, value in rows.items():
-        grid.add_row(title, value)
+        grid.add_row(title, Text(value))
+    for line in _memory(residences):
+        grid.add_row("resident", Text(line))
+    grid.add_row("in all", f"{size(total_bytes(version))} in {len(manifest.files)} files")
     for file in manifest.files:
-        grid.add_row("file", f"{file.path}  {size(file.size_bytes)}  {short(file.digest)}")
+        grid.add_row("file", Text(f"{file.path}  {size(file.size_bytes)}  {short(file.digest)}"))
     return grid
 
 
-def print_json(value: object) -> None:
-    """One JSON value on standard output."""
-    print(json.dumps(value, indent=1))
+def _mark(version: pb.Version) -> dict[str, str]:
+    if not version.HasField("deprecation"):
+        return {}
+    mark = version.deprecation
+    return {"deprecated": f"{mark.message or 'no reason given'} (since {_date(mark.since)})"}
 
 
-def version_json(version: pb.Version) -> dict[str, Any]:
-    """A version as plain values."""
-    manifest = version.manifest
-    plain = {
-        field.name: getattr(manifest, field.name)
-        for field in manifest.DESCRIPTOR.fields
-        if not field.message_type and field.name not in ("stop_token_ids", "bos_token_id")
-    }
-    return {
-        "digest": version.digest,
-        **plain,
-        "stop_token_ids": list(manifest.stop_token_ids),
-        "bos_token_id": manifest.bos_token_id if manifest.HasField("bos_token_id") else None,
-        "files": [{"path": f.path, "digest": f.digest, "size_bytes": f.size_bytes} for f in manifest.files],
-        "provenance": dict(manifest.provenance),
-        "checked_with": dict(manifest.checked_with),
-        "created_at": manifest.created_at.ToJsonString() if manifest.HasField("created_at") else None,
-    }
+def _memory(residences: Sequence[Residence] | None) -> list[str]:
+    """A line for each worker that has the version."""
+    if residences is None:
+        return []
+    return [f"{each.worker.name}: {_on_worker(each)}" for each in residences] or ["nowhere"]
 
 
-def alias_json(alias: pb.Alias) -> dict[str, Any]:
-    """An alias as plain values."""
-    targets = [{"digest": t.digest, "weight": t.weight} for t in alias.targets]
-    return {"alias": alias.name, "sequence": alias.sequence, "targets": targets}
+def _on_worker(residence: Residence) -> str:
+    model = residence.model
+    parts = [residence.state]
+    if model.error:
+        parts.append(model.error)
+    if model.memory_bytes:
+        parts.append(f"{size(model.memory_bytes)} reserved")
+    if model.running or model.waiting:
+        parts.append(f"{model.running} running, {model.waiting} waiting")
+    elif model.idle_ms:
+        parts.append(f"idle for {duration(model.idle_ms / 1000)}")
+    if model.dwell_left_ms:
+        parts.append(f"not to be evicted for {duration(model.dwell_left_ms / 1000)}")
+    return ", ".join(parts)
 
 
-def aliases_json(model: pb.Model) -> list[dict[str, Any]]:
-    """All aliases of a model."""
-    return [alias_json(alias) for alias in model.aliases]
-
-
-def model_json(model: pb.Model) -> dict[str, Any]:
-    """A model with its versions and aliases."""
-    versions = [version_json(version) for version in model.versions]
-    return {"name": model.name, "aliases": aliases_json(model), "versions": versions}
+def history(changes: Iterable[tuple[str, pb.Alias]], current: set[tuple[str, int]]) -> RenderableType:
+    """A line for each change; `current` holds alias and sequence of those that stand now."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, GAP, 0, 0))
+    for title in ("ALIAS", "CHANGE", "WHEN", "VERSION"):
+        table.add_column(title, justify="right" if title == "CHANGE" else "left", no_wrap=title != "VERSION")
+    for name, change in changes:
+        now = (name, change.sequence) in current
+        table.add_row(
+            Text(name, "bold" if now else ""),
+            str(change.sequence),
+            ago(change.changed_at),
+            Text(shares(change.targets) + (" (now)" if now else ""), "green" if now else ""),
+        )
+    return table

@@ -1,6 +1,6 @@
-"""A modelstore for commands: the running mesh's, one that is named, or the folder itself.
+"""A modelstore for commands: the running mesh's, one that is named, or the store itself.
 
-Without a mesh the service's own methods run in this process, on the folder; so every command works the
+Without a mesh the service's own methods run in this process, on the folder or URL; so every command works the
 same either way, and fails with the same errors.
 """
 
@@ -23,7 +23,7 @@ from tokenloom.kit.channels import open_channel
 from tokenloom.kit.errors import CallError, from_rpc_error
 
 CALL_S = 30.0
-"""How long a call may take that is not a stream."""
+"""How long a call may take that is not a stream, unless it is known to take longer."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,17 @@ class Place:
     """Where the modelstore is: exactly one of the two."""
 
     target: str | None
-    folder: Path | None
+    store: str | None
+    """A folder, or a URL of buckets."""
 
     def __str__(self) -> str:
-        return self.target or str(self.folder)
+        return self.target or str(self.store)
 
 
 class Modelstore(Protocol):
     """Calls of loom.modelstore.v1.ModelStoreService, by name. They raise CallError."""
 
-    async def call(self, method: str, request: Message) -> Any:
+    async def call(self, method: str, request: Message, *, timeout_s: float = CALL_S) -> Any:
         """The response of a unary method."""
         ...
 
@@ -49,21 +50,31 @@ class Modelstore(Protocol):
         ...
 
 
-def find_modelstore(target: str | None, folder: Path | None) -> Place:
+def find_modelstore(target: str | None, store: str | None) -> Place:
     """What was asked for, else the running mesh's, else this user's folder. Raises CliError for both."""
-    if target and folder:
+    if target and store:
         raise CliError("give --store or --target, not both", status=2)
-    if folder is None:
+    if store is None:
         target = target or local.running_target("modelstore")
-        return Place(target, None) if target else Place(None, local.store_dir())
-    return Place(None, folder)
+        return Place(target, None) if target else Place(None, str(local.store_dir()))
+    return Place(None, store)
+
+
+def is_of_running_mesh(place: Place) -> bool:
+    """Whether the running mesh's workers have their models from there."""
+    target = local.running_target("modelstore")
+    if target is None:
+        return False
+    if place.store is not None:
+        return Path(place.store).absolute() == local.store_dir().absolute()
+    return place.target == target
 
 
 @asynccontextmanager
 async def connect(place: Place) -> AsyncIterator[Modelstore]:
-    """Raises CliError for a folder that cannot be used."""
+    """Raises CliError for a store that cannot be used."""
     if place.target is None:
-        yield await _open_folder(place.folder or local.store_dir())
+        yield await _open_store(place.store or str(local.store_dir()))
         return
     channel = open_channel(place.target)
     try:
@@ -72,24 +83,25 @@ async def connect(place: Place) -> AsyncIterator[Modelstore]:
         await channel.close(None)
 
 
-async def _open_folder(folder: Path) -> Modelstore:
+async def _open_store(store: str) -> Modelstore:
     # Only here: it takes a while, and a running mesh does not need it.
     from services.modelstore.app import open_offline
 
     logs.setup("cli", "cli", level="error", fmt="console")
     try:
-        return _Offline(await open_offline(folder))
+        return _Offline(await open_offline(store))
     except OSError as error:
-        raise CliError(f"store folder {folder}: {error.strerror or error}") from None
+        why = error.strerror or " ".join(str(error).split())
+        raise CliError(f"the store {store}: {why}") from None
 
 
 class _Remote:
     def __init__(self, stub: Any) -> None:
         self._stub = stub
 
-    async def call(self, method: str, request: Message) -> Any:
+    async def call(self, method: str, request: Message, *, timeout_s: float = CALL_S) -> Any:
         try:
-            return await getattr(self._stub, method)(request, timeout=CALL_S)
+            return await getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
 
@@ -108,7 +120,8 @@ class _Offline:
     def __init__(self, servicer: Any) -> None:
         self._servicer = servicer
 
-    async def call(self, method: str, request: Message) -> Any:
+    async def call(self, method: str, request: Message, *, timeout_s: float = CALL_S) -> Any:
+        # Nobody to wait for: the work is done in this process, and takes as long as it takes.
         return await getattr(self._servicer, method)(request, None)
 
     async def stream(self, method: str, request: Message) -> AsyncIterator[Any]:

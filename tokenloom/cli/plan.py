@@ -151,6 +151,8 @@ class Plan:
             "MODELS": ",".join(models),
             "MODELSTORE_TARGET": local(self.ports.modelstore["grpc"]),
             "CACHE_DIR": self.cache,
+            # The same machine: nothing is copied that can be linked.
+            "STORE_DIR": self.store,
         }
         if "TOKENLOOM_WORKER_THREADS" not in self.outer:
             fields["THREADS"] = threads_per_worker(self.cpus, self.options.workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig
 
 from services.modelstore.converter import text as text_files
 from services.modelstore.converter import weights
+from services.modelstore.converter.checkpoints import Checkpoints, SafetensorsFiles
 from services.modelstore.converter.gguf_weights import GgufTensors
 from services.modelstore.converter.shards import ShardWriter
 from services.modelstore.core import facts
@@ -37,7 +39,7 @@ def run(job: ConversionJob, on_bytes: weights.OnBytes) -> Converted:
         torch.set_num_threads(job.threads)
     source = Path(job.source)
     output = Path(job.output_dir)
-    config, stored = _gguf_config(source) if job.kind == "gguf" else _folder_config(source)
+    config, stored = _gguf_config(source) if job.kind == "gguf" else _folder_config(job.label, source)
     expected = weights.expect(config)
     stored |= {"architectures": [type(expected.model).__name__], "dtype": job.dtype}
     resolved = {**config.to_dict(), **stored}
@@ -45,10 +47,13 @@ def run(job: ConversionJob, on_bytes: weights.OnBytes) -> Converted:
     shape = facts.read_shape(job.label, resolved)
     text = _text(job, source)
     token_facts = text_files.tokenizer_facts(text)
+    facts.check_vocabulary(job.label, text_files.last_token(text), shape.vocab_size)
     # Of what the source says, not of the class's defaults: those name tokens of another model.
     stop_ids = facts.stop_token_ids(stored, text.generation_config, token_facts, shape.vocab_size)
     writer = ShardWriter(output, job.shard_bytes_max)
-    files = weights.write(job.label, _tensors(job, source, expected), expected, job.dtype, writer, on_bytes)
+    with ExitStack() as stack:
+        tensors = _tensors(job, source, expected, stack)
+        files = weights.write(job.label, tensors, expected, job.dtype, writer, on_bytes)
     files += text_files.write(text, output, stop_ids, stored)
     text_files.write_json(output / CONFIG, stored)
     weights.check_by_loading(job.label, output, expected, job.dtype)
@@ -70,10 +75,11 @@ def run(job: ConversionJob, on_bytes: weights.OnBytes) -> Converted:
     return Converted(found.to_json(), [*files, CONFIG])
 
 
-def _folder_config(source: Path) -> tuple[Any, dict[str, Any]]:
+def _folder_config(label: str, source: Path) -> tuple[Any, dict[str, Any]]:
     """transformers' reading of config.json, and what is stored: the file itself."""
-    config = AutoConfig.from_pretrained(source)
-    return config, _without(json.loads((source / CONFIG).read_bytes()))
+    stated = json.loads((source / CONFIG).read_bytes())
+    facts.check_writer(label, stated.get("transformers_version"), transformers.__version__)
+    return AutoConfig.from_pretrained(source), _without(stated)
 
 
 def _gguf_config(source: Path) -> tuple[Any, dict[str, Any]]:
@@ -93,7 +99,12 @@ def _text(job: ConversionJob, source: Path) -> text_files.Text:
     return text_files.from_gguf(source / GGUF_NAME, job.options["split"], add_bos, ends)
 
 
-def _tensors(job: ConversionJob, source: Path, expected: weights.Expected) -> weights.Tensors:
+def _tensors(
+    job: ConversionJob, source: Path, expected: weights.Expected, stack: ExitStack
+) -> weights.Tensors:
     if job.kind == "gguf":
         return GgufTensors(job.label, source / GGUF_NAME, expected.model)
-    return weights.SafetensorsFiles(sorted(source.glob("*.safetensors")))
+    files = sorted(source.glob("*.safetensors"))
+    if files:
+        return weights.FolderTensors(job.label, SafetensorsFiles(files, stack), expected)
+    return weights.FolderTensors(job.label, Checkpoints(job.label, sorted(source.glob("*.bin"))), expected)

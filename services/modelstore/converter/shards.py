@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from services.modelstore.core.folder_source import INDEX
-
-_SINGLE = "model.safetensors"
+from services.modelstore.core.folder_source import INDEX, SINGLE
 
 
 class ShardWriter:
@@ -41,8 +39,8 @@ class ShardWriter:
         """The files, now complete: one, or numbered ones and their index."""
         self._flush()
         if len(self._shards) == 1:
-            self._shards[0][0].rename(self._folder / _SINGLE)
-            return [_SINGLE]
+            self._shards[0][0].rename(self._folder / SINGLE)
+            return [SINGLE]
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         files = [INDEX]

@@ -87,6 +87,22 @@ def tokenizer_facts(text: Text) -> facts.TokenizerFacts:
     )
 
 
+def last_token(text: Text) -> tuple[str, int]:
+    """The token with the largest id that text can become, and that id.
+
+    Special tokens that were added and are never written count not: some families name such a token beyond
+    their vocabulary, and whoever asks for it is refused.
+    """
+    added = text.tokenizer.get_added_tokens_decoder()
+    special = {token.content for token in added.values() if token.special}
+    vocabulary = text.tokenizer.get_vocab(with_added_tokens=True)
+    return max(
+        ((token, i) for token, i in vocabulary.items() if token not in special),
+        key=lambda item: item[1],
+        default=("", 0),
+    )
+
+
 def write(text: Text, folder: Path, stop_ids: tuple[int, ...], config: Mapping[str, Any]) -> list[str]:
     """Write the files and name them. The template is a file of its own and in no other place."""
     (folder / TOKENIZER).write_bytes(text.raw_tokenizer)

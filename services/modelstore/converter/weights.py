@@ -1,20 +1,21 @@
 """Casts a source's tensors one by one and holds them against the model that the configuration makes.
 
+What the headers tell (names, shapes, ties) is checked before the first tensor is cast.
+
 Memory is bounded by one tensor in float32 and one shard of the output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from services.modelstore.converter.checkpoints import TensorFiles
 from services.modelstore.converter.shards import ShardWriter
 from services.modelstore.core.refusal import source_invalid
 from services.modelstore.core.support import REARRANGED
@@ -33,8 +34,8 @@ class Expected:
     model: Any
     """The model without its weights (meta tensors)."""
     shapes: Mapping[str, tuple[int, ...]]
-    tied: frozenset[str]
-    """Names that share another tensor and are not stored."""
+    tied: Mapping[str, str]
+    """Names that share another tensor and are not stored -> that tensor's name."""
     by_name: bool
     """Whether the stored tensors have these names and shapes; otherwise only loading them tells."""
 
@@ -50,7 +51,7 @@ def expect(config: Any) -> Expected:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = frozenset(model.all_tied_weights_keys)
+    tied = dict(model.all_tied_weights_keys)
     return Expected(model, shapes, tied, by_name=config.model_type not in REARRANGED)
 
 
@@ -63,11 +64,11 @@ def write(
     total = sum(_size(shape) for shape in wanted.values()) * target.itemsize
     on_bytes(0, total)
     for name, tensor in tensors:
-        if _ignorable(name, expected):
+        if _ignorable(name, expected.tied):
             continue
         _check_values(label, name, tensor)
         if expected.by_name:
-            _check_place(label, name, tensor, wanted)
+            _check_place(label, name, tuple(tensor.shape), wanted)
         writer.add(name, _cast(label, name, tensor, target))
         on_bytes(writer.size_bytes, total)
     if expected.by_name:
@@ -97,16 +98,18 @@ def _size(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _ignorable(name: str, expected: Expected) -> bool:
+def _ignorable(name: str, tied: Mapping[str, str]) -> bool:
     # Rotary tables are computed from the configuration; old checkpoints carry them along.
-    return name in expected.tied or name.endswith("rotary_emb.inv_freq")
+    return name in tied or name.endswith("rotary_emb.inv_freq")
 
 
-def _check_place(label: str, name: str, tensor: torch.Tensor, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _check_place(
+    label: str, name: str, found: tuple[int, ...], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
     if name not in wanted:
         raise source_invalid(label, f"has a tensor {name!r} that its configuration knows nothing of")
-    if tuple(tensor.shape) != wanted[name]:
-        shape, other = list(tensor.shape), list(wanted[name])
+    if found != wanted[name]:
+        shape, other = list(found), list(wanted[name])
         raise source_invalid(label, f"tensor {name!r} has shape {shape}; its configuration makes it {other}")
 
 
@@ -126,15 +129,39 @@ def _cast(label: str, name: str, tensor: torch.Tensor, target: torch.dtype) -> t
     return tensor.to(target)
 
 
-class SafetensorsFiles:
-    """The tensors of a folder's safetensors files, by name."""
+class FolderTensors:
+    """The tensors of a folder's files under the names that are stored, in their order.
 
-    def __init__(self, files: list[Path]) -> None:
+    Raises Refused when a name or a shape is not the configuration's, or when two tensors that it makes one
+    are different.
+    """
+
+    def __init__(self, label: str, files: TensorFiles, expected: Expected) -> None:
         self._files = files
+        self._sources = _settle_ties(label, files, expected.tied)
+        if expected.by_name:
+            wanted = {name: shape for name, shape in expected.shapes.items() if name not in expected.tied}
+            for name, source in sorted(self._sources.items()):
+                if not _ignorable(name, expected.tied):
+                    _check_place(label, name, files.shapes[source], wanted)
+            _check_complete(label, sorted(wanted.keys() - self._sources.keys()))
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        with ExitStack() as stack:
-            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in self._files]
-            where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (no mapping)
-            for name in sorted(where):
-                yield name, where[name].get_tensor(name)
+        for name, source in sorted(self._sources.items()):
+            yield name, self._files.get(source)
+
+
+def _settle_ties(label: str, files: TensorFiles, tied: Mapping[str, str]) -> dict[str, str]:
+    """Name as stored -> name in the files, which may hold either of two tied tensors, or both if equal."""
+    sources = {name: name for name in files.shapes if name not in tied}
+    for name, stored in tied.items():
+        if name not in files.shapes:
+            continue
+        if stored not in sources:
+            sources[stored] = name
+        elif not torch.equal(files.get(name), files.get(sources[stored])):
+            cause = (
+                f"config.json makes {name!r} and {stored!r} one tensor, and the files hold two different ones"
+            )
+            raise source_invalid(label, f"{cause}; set tie_word_embeddings to false in config.json")
+    return sources

@@ -1,7 +1,8 @@
 """Aliases: numbered records that can only be created; the highest number is the alias's state.
 
 Two replicas that change the same alias both try to create the next number: one does, the other reads
-again. So the history is linear and nothing is lost, without a lock.
+again. So the history is linear and nothing is lost, without a lock. A record without targets takes the
+alias away; the numbers go on after it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from services.modelstore.core.manifest import canonical
 
@@ -34,6 +36,9 @@ class AliasState:
     name: str
     sequence: int
     targets: tuple[Target, ...]
+    """None of them: the alias was taken away."""
+    changed_unix_ms: int = 0
+    """0 when it is not known."""
 
     @property
     def main(self) -> str:
@@ -76,26 +81,28 @@ def heads(paths: Iterable[str]) -> dict[tuple[str, str], int]:
     return highest
 
 
-def record_bytes(targets: Sequence[Target], changed_unix_ms: int) -> bytes:
-    """A record as it is stored."""
-    return canonical({"targets": [asdict(t) for t in targets], "changed_unix_ms": changed_unix_ms})
+def record_bytes(targets: Sequence[Target], changed_unix_ms: int, change: str = "") -> bytes:
+    """A record as it is stored. `change` is a name of this change alone: its maker knows its record by it."""
+    value: dict[str, Any] = {"targets": [asdict(t) for t in targets], "changed_unix_ms": changed_unix_ms}
+    return canonical(value | ({"change": change} if change else {}))
 
 
 def parse_record(data: bytes, key: AliasKey) -> AliasState:
     """The state that a record holds. Raises ValueError when it is not one."""
     try:
-        value: Mapping[str, list[Mapping[str, object]]] = json.loads(data)
-        targets = tuple(Target(str(t["digest"]), int(str(t["weight"]))) for t in value["targets"])
-    except (KeyError, TypeError, ValueError) as error:
+        value: Mapping[str, Any] = json.loads(data)
+        targets = tuple(Target(str(t["digest"]), int(t["weight"])) for t in value["targets"])
+        changed_unix_ms = int(value.get("changed_unix_ms", 0))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{key.path} is no alias record: {error!r}") from error
-    problem = check_targets(targets)
+    problem = check_targets(targets) if targets else ""
     if problem:
         raise ValueError(f"{key.path}: {problem}")
-    return AliasState(key.alias, key.sequence, targets)
+    return AliasState(key.alias, key.sequence, targets, changed_unix_ms)
 
 
 def check_targets(targets: Sequence[Target]) -> str:
-    """What is wrong with an alias's targets, and the cure; empty when nothing is."""
+    """What is wrong with the targets of a change, and the cure; empty when nothing is."""
     if not targets:
         return "has no target: give at least one version"
     if len(targets) > TARGETS_MAX:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from services.modelstore.core.aliases import AliasState
+from services.modelstore.core.deprecations import Deprecation
 from services.modelstore.core.manifest import ImportRecord, Manifest
 from services.modelstore.core.refusal import Refused
 from tokenloom.contract.models import ModelRef, parse_model
@@ -18,6 +19,12 @@ class StoredVersion:
     digest: str
     manifest: Manifest
     imported: ImportRecord
+    deprecation: Deprecation | None = None
+
+    @property
+    def blobs(self) -> tuple[str, ...]:
+        """The digests of its files."""
+        return tuple(file.digest for file in self.manifest.files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +40,7 @@ class Model:
 
 
 class Catalogue:
-    """An immutable view. Models without any version are left out."""
+    """An immutable view. Models without any version are left out, and aliases that were taken away."""
 
     def __init__(
         self, versions: Iterable[StoredVersion], aliases: Mapping[tuple[str, str], AliasState]
@@ -46,7 +53,9 @@ class Catalogue:
             name: Model(
                 name,
                 tuple(sorted(found, key=lambda v: (-v.imported.created_unix_ms, v.digest))),
-                tuple(state for (model, _), state in sorted(aliases.items()) if model == name),
+                tuple(
+                    state for (model, _), state in sorted(aliases.items()) if model == name and state.targets
+                ),
             )
             for name, found in sorted(by_name.items())
         }

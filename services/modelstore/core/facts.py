@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.modelstore.core.manifest import DTYPE_BYTES
-from services.modelstore.core.refusal import source_invalid
+from services.modelstore.core.refusal import Refused, source_invalid
 
 CONTEXT_MAX = 16 * 1024 * 1024
 DIMENSION_MAX = 1 << 31
@@ -73,6 +73,41 @@ def _number(
             label, f"config.json: {key} is {value!r}; it must be a whole number, 1 to {largest}"
         )
     return value
+
+
+def check_context(label: str, stated: Mapping[str, Any]) -> None:
+    """Raises Refused with SOURCE_INVALID when config.json leaves the context to its class's default."""
+    _number(label, stated, "max_position_embeddings", largest=CONTEXT_MAX)
+
+
+def check_vocabulary(label: str, last_token: tuple[str, int], vocab_size: int) -> None:
+    """Raises Refused with SOURCE_INVALID when text becomes tokens that the model has no embedding of."""
+    token, token_id = last_token
+    if token_id >= vocab_size:
+        raise source_invalid(
+            label,
+            f"the tokenizer has token {token[:40]!r} with id {token_id}, and the model's vocabulary ends at "
+            f"{vocab_size - 1}; use the tokenizer that belongs to the model",
+        )
+
+
+def check_writer(label: str, wrote: object, reads: str) -> None:
+    """Raises Refused with MODEL_UNSUPPORTED for a configuration of a later transformers' major version.
+
+    Between major versions the same field may mean something else; within one, what is new is refused by name.
+    """
+    if not isinstance(wrote, str) or _major(wrote) <= _major(reads):
+        return
+    cause = (
+        f"config.json was written by transformers {wrote[:40]}, and transformers {reads} reads it here; "
+        f"save the model with transformers {_major(reads)}, or use a newer modelstore"
+    )
+    raise Refused("MODEL_UNSUPPORTED", f"{label}: {cause}", architecture="config.json", cause=cause)
+
+
+def _major(version: str) -> int:
+    digits = version.partition(".")[0]
+    return int(digits) if digits.isdecimal() and len(digits) < 6 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,22 +8,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from services.modelstore.core.facts import check_context
 from services.modelstore.core.refusal import Refused, source_invalid
 from services.modelstore.core.support import check_config, check_tokenizer_config
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 README = "README.md"
-SMALL_FILES = (CONFIG, INDEX, TOKENIZER_CONFIG, GENERATION_CONFIG, TEMPLATE, README)
+SMALL_FILES = (CONFIG, INDEX, TORCH_INDEX, TOKENIZER_CONFIG, GENERATION_CONFIG, TEMPLATE, README)
 """Read whole before anything is decided."""
 SMALL_FILE_BYTES_MAX = 32 * 1024 * 1024
+TEXT_FILES = (CONFIG, TOKENIZER_CONFIG, GENERATION_CONFIG, TEMPLATE, README, TOKENIZER)
+"""All that is looked for beside weights, the configuration first."""
+WEIGHTS = ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE))
+"""Names that weights go by, the better ones first: the index of several files, or the only file."""
+SHARDS_MAX = 2048
+UNKNOWN_HEAD_BYTES = 16
+"""Of a file that may be anything, to say what it is."""
 
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
 _OTHER_FORMATS = re.compile(r".*\.(h5|msgpack|onnx|tflite)")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _LICENSE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9][A-Za-z0-9._ +-]{0,63}?)[\"']?\s*$", re.MULTILINE)
 
 
@@ -32,7 +44,11 @@ class FolderPlan:
     """What the conversion of an accepted folder reads."""
 
     weights: tuple[str, ...]
-    """The safetensors files, in order."""
+    """The files that hold them, in order."""
+    format: str
+    """`safetensors` or `pytorch`."""
+    weight_map: Mapping[str, str]
+    """Tensor to file, as an index tells it; empty without one."""
     used: tuple[str, ...]
     """Every file whose bytes may change the result."""
     license: str
@@ -43,61 +59,101 @@ def inspect(label: str, sizes: Mapping[str, int], small: Mapping[str, bytes]) ->
 
     `sizes` has every file at the top of the folder, `small` the content of those in SMALL_FILES.
     """
+    check_text(label, sizes, small)
+    kind, weights, weight_map = _weights(label, sizes, small)
+    others = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, TEMPLATE)
+    used = tuple(sorted({*weights, *(name for name in others if name in sizes)}))
+    return FolderPlan(weights, kind, weight_map, used, read_license(small.get(README, b"")))
+
+
+def check_text(label: str, sizes: Mapping[str, int], small: Mapping[str, bytes]) -> None:
+    """All that can be refused without the weights. Raises as `inspect`."""
     if CONFIG not in sizes:
         cause = "has no config.json: it is no Hugging Face model folder; give a GGUF file or such a folder"
         raise source_invalid(label, cause)
-    check_config(label, read_json(label, CONFIG, small))
+    config = read_json(label, CONFIG, small)
+    check_config(label, config)
+    check_context(label, config)
     if TOKENIZER not in sizes:
         raise source_invalid(label, _tokenizer_cause(sizes))
     tokenizer_config = read_json(label, TOKENIZER_CONFIG, small) if TOKENIZER_CONFIG in sizes else {}
     check_tokenizer_config(label, tokenizer_config)
     if GENERATION_CONFIG in sizes:
         read_json(label, GENERATION_CONFIG, small)
-    weights = _weights(label, sizes, small)
-    others = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, TEMPLATE)
-    used = tuple(sorted({*weights, *(name for name in others if name in sizes)}))
-    return FolderPlan(weights, used, read_license(small.get(README, b"")))
 
 
 def read_json(label: str, name: str, small: Mapping[str, bytes]) -> dict[str, Any]:
     """One of the folder's JSON files. Raises Refused with SOURCE_INVALID when it is no JSON object."""
     try:
         value = json.loads(small[name])
-    except (KeyError, ValueError) as error:
+    except (KeyError, RecursionError, ValueError) as error:
         raise source_invalid(label, f"{name} is not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise source_invalid(label, f"{name} holds no JSON object")
     return value
 
 
-def _weights(label: str, sizes: Mapping[str, int], small: Mapping[str, bytes]) -> tuple[str, ...]:
+def read_index(label: str, name: str, small: Mapping[str, bytes]) -> tuple[tuple[str, ...], int]:
+    """The files that an index names, and their bytes in all as it tells them (0: it does not).
+
+    Raises Refused with SOURCE_INVALID.
+    """
+    index = read_json(label, name, small)
+    files = tuple(sorted(set(_weight_map(label, name, small).values())))
+    if len(files) > SHARDS_MAX:
+        raise source_invalid(label, f"{name} names {len(files)} files; at most {SHARDS_MAX}")
+    metadata = index.get("metadata")
+    size = metadata.get("total_size") if isinstance(metadata, dict) else 0
+    return files, size if isinstance(size, int) and size > 0 else 0
+
+
+def _weight_map(label: str, index: str, small: Mapping[str, bytes]) -> dict[str, str]:
+    mapping = read_json(label, index, small).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise source_invalid(label, f"{index} has no weight_map")
+    suffix = ".safetensors" if index == INDEX else ".bin"
+    for file in mapping.values():
+        if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file) or not file.endswith(suffix):
+            raise source_invalid(label, f"{index} names {str(file)[:80]!r}, which is no file name {suffix}")
+    return mapping
+
+
+def _weights(
+    label: str, sizes: Mapping[str, int], small: Mapping[str, bytes]
+) -> tuple[str, tuple[str, ...], Mapping[str, str]]:
+    """Format, files, and which tensor lies where. Safetensors go before checkpoints."""
     if INDEX in sizes:
-        mapping = read_json(label, INDEX, small).get("weight_map")
-        if not isinstance(mapping, dict) or not mapping:
-            raise source_invalid(label, f"{INDEX} has no weight_map")
-        names = sorted({str(name) for name in mapping.values()})
-        missing = [name for name in names if name not in sizes]
-        if missing:
-            raise source_invalid(
-                label, f"{INDEX} names {missing[0]}, which is missing; fetch the folder again"
-            )
-        return tuple(names)
+        return "safetensors", *_indexed(label, INDEX, sizes, small)
     found = tuple(sorted(name for name in sizes if name.endswith(".safetensors")))
     if len(found) > 1:
         raise source_invalid(
             label, f"has {len(found)} safetensors files and no {INDEX}; fetch the folder again"
         )
-    if not found:
-        raise source_invalid(label, _weights_cause(sizes))
-    return found
+    if found:
+        return "safetensors", found, {}
+    if TORCH_INDEX in sizes:
+        return "pytorch", *_indexed(label, TORCH_INDEX, sizes, small)
+    if TORCH_SINGLE in sizes:
+        return "pytorch", (TORCH_SINGLE,), {}
+    raise source_invalid(label, _weights_cause(sizes))
+
+
+def _indexed(
+    label: str, index: str, sizes: Mapping[str, int], small: Mapping[str, bytes]
+) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    names, _ = read_index(label, index, small)
+    missing = [name for name in names if name not in sizes]
+    if missing:
+        raise source_invalid(label, f"{index} names {missing[0]}, which is missing; fetch the folder again")
+    return names, _weight_map(label, index, small)
 
 
 def _weights_cause(sizes: Mapping[str, int]) -> str:
     pickles = sorted(name for name in sizes if _PICKLE.fullmatch(name))
     if pickles:
         return (
-            f"{pickles[0]} is a pickle, which runs code when it is read and is never loaded; "
-            "save the model as safetensors"
+            f"{pickles[0]} is a pickle by its name, and of those only {TORCH_SINGLE} and the files of "
+            f"{TORCH_INDEX} are read; save the model as safetensors"
         )
     others = sorted(name for name in sizes if _OTHER_FORMATS.fullmatch(name))
     if others:
@@ -120,40 +176,20 @@ def read_license(readme: bytes) -> str:
     return match[1] if match else ""
 
 
-def check_safetensors(label: str, name: str, head: bytes, size_bytes: int) -> int:
-    """The number of tensors of a safetensors file, from its header.
-
-    `head` holds the length field and the header, or the whole file when that is shorter. Raises Refused
-    with SOURCE_INVALID when the header or the data after it is cut off or malformed.
-    """
-    broken = f"{name} is cut off or no safetensors file: "
-    if len(head) < 8:
-        raise source_invalid(label, f"{broken}it has {size_bytes} bytes; fetch it again")
-    length = int.from_bytes(head[:8], "little")
-    if length > size_bytes - 8:
-        raise source_invalid(
-            label, f"{broken}its header needs {length} bytes, the file has {size_bytes}; fetch it again"
-        )
-    try:
-        header = json.loads(head[8 : 8 + length])
-        ends = [int(t["data_offsets"][1]) for key, t in header.items() if key != "__metadata__"]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise source_invalid(label, f"{broken}its header is not readable ({error})") from None
-    needed = 8 + length + max(ends, default=0)
-    if needed != size_bytes:
-        raise source_invalid(
-            label, f"{broken}its tensors need {needed} bytes, the file has {size_bytes}; fetch it again"
-        )
-    return len(ends)
+def safe_name(name: str) -> str:
+    """`name` with nothing in it that a path could mean; may be empty."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[:200].lstrip(".")
 
 
 def refuse_unknown_file(label: str, head: bytes) -> Refused:
     """Why a single file that is no GGUF file is not imported."""
     if head[:2] in (b"PK", b"\x80\x02"):
         cause = (
-            "is a PyTorch checkpoint or another pickle, which runs code when it is read and is never loaded"
+            "is a PyTorch checkpoint or another archive or pickle: give the folder that holds it, "
+            f"with {CONFIG} and {TOKENIZER}"
         )
-        return source_invalid(label, f"{cause}; import a folder with safetensors or a GGUF file")
-    return source_invalid(
-        label, f"begins with {head[:4]!r}, not with b'GGUF': give a GGUF file or a Hugging Face folder"
-    )
+    elif head[8:9] == b"{":
+        cause = f"is a safetensors file alone: give the folder that holds it, with {CONFIG} and {TOKENIZER}"
+    else:
+        cause = f"begins with {head[:4]!r}, not with b'GGUF': give a GGUF file or a Hugging Face folder"
+    return source_invalid(label, cause)

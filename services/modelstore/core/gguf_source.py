@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.modelstore.core.facts import CONTEXT_MAX
 from services.modelstore.core.gguf import Counted, GgufError, Header, data_end, parse
 from services.modelstore.core.refusal import Refused, source_invalid, unsupported
 from services.modelstore.core.support import check_gguf_architecture
 
 GGUF_NAME = "model.gguf"
 """What a GGUF file is called in a conversion's source folder."""
+EMBEDDING = "token_embd.weight"
 REFETCH = "fetch the file again"
 USE_FOLDER = "import the model's Hugging Face folder"
 
@@ -69,6 +71,7 @@ def _plan(label: str, header: Header, type_names: Mapping[int, str]) -> GgufPlan
         raise source_invalid(label, "has no general.architecture; it is no language model")
     model_type = check_gguf_architecture(label, architecture)
     _check_positions(label, header, architecture)
+    _check_lengths(label, header, architecture)
     split = _check_tokenizer(label, header)
     types: Counter[str] = Counter()
     for tensor in header.tensors:
@@ -99,6 +102,19 @@ def _check_positions(label: str, header: Header, architecture: str) -> None:
     if cause:
         why = f"{cause}, which the conversion from GGUF does not carry; {USE_FOLDER}"
         raise unsupported(label, f"GGUF architecture {architecture!r}", why)
+
+
+def _check_lengths(label: str, header: Header, architecture: str) -> None:
+    """Context and vocabulary are stated, and what is stated fits the tensors."""
+    key = f"{architecture}.context_length"
+    if not 1 <= (header.number(key) or 0) <= CONTEXT_MAX:
+        stated = header.metadata.get(key)
+        raise source_invalid(label, f"{key} is {stated!r}; it must be a whole number, 1 to {CONTEXT_MAX}")
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    embedding = next((tensor for tensor in header.tensors if tensor.name == EMBEDDING), None)
+    if isinstance(tokens, Counted) and embedding is not None and tokens.length > embedding.shape[-1]:
+        cause = f"its tokenizer has {tokens.length} tokens, and {EMBEDDING} has {embedding.shape[-1]} rows"
+        raise source_invalid(label, f"{cause}: they are of different models; fetch the file again")
 
 
 def _check_tokenizer(label: str, header: Header) -> str:

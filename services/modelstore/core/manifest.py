@@ -61,6 +61,17 @@ def digest_in_path(path: str) -> str | None:
     return f"sha256:{match[1]}" if match else None
 
 
+def blob_in_path(path: str) -> str | None:
+    """The digest that a blob's path names, or None for any other path."""
+    match = re.fullmatch(r"blobs/sha256/([0-9a-f]{64})", path)
+    return f"sha256:{match[1]}" if match else None
+
+
+def digests_in(data: bytes) -> set[str]:
+    """Everything in some bytes that looks like a digest: all that a manifest of any schema may name."""
+    return {found.decode() for found in re.findall(rb"sha256:[0-9a-f]{64}", data)}
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class File:
     """One file of a version."""

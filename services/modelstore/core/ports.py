@@ -1,7 +1,7 @@
 """What the store needs from the world: a place for objects, sources to read, a converter.
 
-Objects are files in a folder today; a bucket keeps the same promises (atomic puts, create-only puts,
-strong listing after writes), so it is another adapter and nothing else.
+A place for objects promises three things, and everything else rests on them: a put is atomic, a create
+never overwrites, and a listing shows every write that ended before it began.
 """
 
 from __future__ import annotations
@@ -11,8 +11,25 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 
+class StoreError(OSError):
+    """The place where the objects are cannot be used now: it is full, away, or lets nobody in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a listing tells of an object."""
+
+    path: str
+    size_bytes: int
+    modified_unix_ms: int
+    """By the clock of the place, which is not this machine's; an object store's has whole seconds."""
+
+
 class Objects(Protocol):
-    """Named byte strings. Paths are relative and use `/`. No call blocks the event loop."""
+    """Named byte strings. Paths are relative and use `/`. No call blocks the event loop.
+
+    Every call may raise StoreError; what it was doing may then have happened or not.
+    """
 
     async def create(self, path: str, data: bytes) -> bool:
         """Write a new object, whole or not at all. False when `path` exists; it is left as it was."""
@@ -38,12 +55,16 @@ class Objects(Protocol):
         """Its length in bytes, or None when there is no such object."""
         ...
 
-    async def names(self, prefix: str) -> list[str]:
-        """The paths below a folder, in no order."""
+    async def entries(self, prefix: str) -> list[Entry]:
+        """The objects below a folder, in no order."""
         ...
 
     async def delete(self, path: str) -> None:
         """Remove an object; nothing happens when there is none."""
+        ...
+
+    async def sweep(self, before_unix_ms: int) -> int:
+        """Remove what writers that were killed before then left half-written; how much there was."""
         ...
 
 

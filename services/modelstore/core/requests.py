@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.modelstore.core.aliases import Target, check_targets
+from services.modelstore.core.builtin import PREFIX
 from services.modelstore.core.manifest import DIGEST_PATTERN, DTYPE_BYTES
+from services.modelstore.core.urls import is_url, parse_source
 from tokenloom.contract.models import check_name
 
 ALIASES_MAX = 16
 SOURCE_CHARS_MAX = 4096
-SOURCES = "the path of a GGUF file or of a Hugging Face folder, or builtin:sim"
+SOURCES = (
+    "the path or http(s) URL of a GGUF file or of a Hugging Face folder (a folder's URL ends in /), "
+    "or builtin:sim"
+)
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
 DEFAULT_DTYPE = "bfloat16"
 
 Violations = list[tuple[str, str]]
@@ -25,17 +31,19 @@ class ImportRequest:
     name: str
     dtype: str = DEFAULT_DTYPE
     aliases: tuple[str, ...] = ()
+    source_digest: str = ""
+    """`sha256:…` that a source which is one file must have; empty: whatever it has."""
 
 
 def check_import(request: ImportRequest) -> Violations:
     """(field, what is wrong and the cure) for each problem."""
     problems: Violations = []
-    if "://" in request.source:
-        problems.append(("source", f"URLs are not read: fetch it and give {SOURCES}"))
-    elif not request.source or len(request.source) > SOURCE_CHARS_MAX or "\0" in request.source:
-        problems.append(
-            ("source", "give the path of a GGUF file or of a Hugging Face folder, or builtin:sim")
-        )
+    if why := _source_problem(request.source):
+        problems.append(("source", why))
+    if request.source_digest:
+        problems += check_digest("source_digest", request.source_digest)
+        if request.source.startswith(PREFIX):
+            problems.append(("source_digest", "is for a source that is one file: leave it out"))
     problems += _name_problem("name", request.name)
     if request.dtype not in DTYPE_BYTES:
         problems.append(("dtype", f"{request.dtype[:40]!r} is none of {', '.join(DTYPE_BYTES)}"))
@@ -44,6 +52,21 @@ def check_import(request: ImportRequest) -> Violations:
     for alias in request.aliases[:ALIASES_MAX]:
         problems += _name_problem("aliases", alias)
     return problems
+
+
+def _source_problem(source: str) -> str:
+    if not source or len(source) > SOURCE_CHARS_MAX or "\0" in source:
+        return f"give {SOURCES}"
+    path = source
+    if is_url(source):
+        try:
+            path = parse_source(source).path
+        except ValueError as error:
+            return str(error)
+    if path.lower().endswith(ARCHIVES):
+        name = path.rpartition("/")[2][:80]
+        return f"{name!r} is an archive, which is not read: unpack it and give the folder"
+    return ""
 
 
 def check_alias(model: str, alias: str, targets: Sequence[Target]) -> Violations:

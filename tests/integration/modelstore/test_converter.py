@@ -158,6 +158,55 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path):
     assert "tokenizer.json is not readable" in refusal(source, tmp_path)
 
 
+def test_a_model_without_a_chat_template_is_converted_and_says_so(tmp_path):
+    source = made.hf_folder(tmp_path / "folder")
+    (source / "chat_template.jinja").unlink()
+    converted, output = run(source, tmp_path)
+    assert converted.facts["has_chat_template"] is False
+    assert not (output / "chat_template.jinja").exists()
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused_before_any_weights_are_read(tmp_path):
+    source = made.hf_folder(tmp_path / "folder", vocab_size=200)
+    message = refusal(source, tmp_path)
+    assert message.startswith("m: the tokenizer has token '")
+    assert message.endswith(
+        "' with id 255, and the model's vocabulary ends at 199; use the tokenizer that belongs to the model"
+    )
+
+
+def test_a_special_token_beyond_the_vocabulary_is_left_to_whoever_asks_for_it(tmp_path):
+    tensors = made.weights()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:258]
+    source = made.hf_folder(tmp_path / "folder", tensors, vocab_size=258)
+    converted, _ = run(source, tmp_path)
+    assert converted.facts["vocab_size"] == 258
+
+
+def test_a_configuration_of_a_later_transformers_is_refused(tmp_path):
+    source = made.hf_folder(tmp_path / "folder", transformers_version="99.0.0")
+    with pytest.raises(Refused, match=r"was written by transformers 99\.0\.0"):
+        run(source, tmp_path)
+
+
+def test_shapes_are_checked_before_anything_is_cast(tmp_path):
+    tensors = made.weights()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
+    source = made.hf_folder(tmp_path / "folder", tensors)
+    assert refusal(source, tmp_path) == (
+        "m: tensor 'model.norm.weight' has shape [31]; its configuration makes it [32]"
+    )
+    assert not list((tmp_path / "output").iterdir())
+
+
+def test_tied_tensors_that_differ_are_refused(tmp_path):
+    tensors = made.weights()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    assert "one tensor, and the files hold two different ones" in refusal(
+        made.hf_folder(tmp_path / "odd", tensors), tmp_path
+    )
+
+
 def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(tmp_path):
     writer = ShardWriter(tmp_path, shard_bytes_max=10)
     for name in ("a", "b"):
@@ -173,5 +222,5 @@ def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(tmp_path):
 def test_a_model_is_laid_out_without_being_allocated():
     expected = weights.expect(AutoConfig.for_model("llama", **{**SMALL, "tie_word_embeddings": True}))
     assert expected.shapes["model.norm.weight"] == (32,)
-    assert expected.tied == {"lm_head.weight"}
+    assert expected.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert all(p.device.type == "meta" for p in expected.model.parameters())

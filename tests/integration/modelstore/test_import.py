@@ -113,7 +113,11 @@ async def test_a_source_that_its_own_configuration_rules_out_is_refused(house):
         (lambda f: (f / "tokenizer.json").unlink(), "SOURCE_INVALID", "tokenizer.json"),
         (lambda f: (f / "config.json").unlink(), "SOURCE_INVALID", "config.json"),
         (lambda f: (f / "config.json").write_text("{"), "SOURCE_INVALID", "config.json"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "SOURCE_INVALID", "pickle"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            "SOURCE_INVALID",
+            "no checkpoint as PyTorch writes it",
+        ),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "SOURCE_INVALID", "model.safetensors"),
         (
             lambda f: (f / "config.json").write_text(json.dumps({**made.CONFIG, "model_type": "mamba"})),

@@ -2,15 +2,19 @@
 
 import asyncio
 import multiprocessing
+import os
 import time
 
+import grpc
+import obstore
 import pytest
 from loom.modelstore.v1 import modelstore_pb2 as pb
+from obstore.exceptions import BaseError
 
 from services.modelstore.app import export_offline, import_offline, open_offline
 from services.modelstore.core.manifest import blob_path, digest_of
 from tests.integration.modelstore.conftest import running
-from tokenloom.kit.errors import CallError
+from tokenloom.kit.errors import CallError, from_rpc_error
 
 UNKNOWN = "sha256:" + "0" * 64
 
@@ -186,6 +190,123 @@ async def test_a_damaged_blob_is_seen_and_mended_by_importing_again(house, blob)
 async def test_a_missing_blob_is_not_found_and_the_rest_goes_on(house, blob):
     (house.store / blob_path(blob.digest)).unlink()
     await house.refused("BLOB_NOT_FOUND", house.fetch(blob.digest))
+    assert (await house.call("ListModels", pb.ListModelsRequest())).models
+
+
+async def test_an_alias_has_a_history_with_times_and_ends(house):
+    imported, _ = await house.import_model("builtin:sim", "sim")
+    digest = imported.version.digest
+    for weight in (1, 2):
+        target = pb.AliasTarget(digest=digest, weight=weight)
+        await house.call("SetAlias", pb.SetAliasRequest(model="sim", alias="canary", targets=[target]))
+    ending = pb.DeleteAliasRequest(model="sim", alias="canary", expected_sequence=1)
+    assert (await house.refused("ALIAS_CONFLICT", house.call("DeleteAlias", ending))).retriable
+    ending.expected_sequence = 2
+    await house.call("DeleteAlias", ending)
+    request = pb.ListAliasHistoryRequest(model="sim", alias="canary")
+    changes = (await house.call("ListAliasHistory", request)).changes
+    assert [change.sequence for change in changes] == [3, 2, 1]
+    assert [[target.weight for target in change.targets] for change in changes] == [[], [2], [1]]
+    assert all(change.changed_at.seconds > 1_600_000_000 for change in changes)
+    request.limit = 1
+    assert list((await house.call("ListAliasHistory", request)).changes) == list(changes[:1])
+    (model,) = (await house.call("ListModels", pb.ListModelsRequest())).models
+    assert [alias.name for alias in model.aliases] == ["stable"]
+    assert model.aliases[0].changed_at.seconds > 1_600_000_000
+    request.alias = "never"
+    await house.refused("MODEL_NOT_FOUND", house.call("ListAliasHistory", request))
+
+
+async def test_a_deprecated_version_is_told_of_and_served(house):
+    imported, _ = await house.import_model("builtin:sim", "sim")
+    watching = house.stub.WatchModels(pb.WatchModelsRequest())
+    await watching.read()
+    digest = imported.version.digest
+    request = pb.SetDeprecationRequest(digest=digest, deprecated=True, message="use sim@canary")
+    marked = (await house.call("SetDeprecation", request)).version
+    assert marked.deprecation.message == "use sim@canary"
+    assert marked.deprecation.since.seconds > 1_600_000_000
+    assert (await watching.read()).models[0].versions[0] == marked
+    resolved = await house.call("ResolveModel", pb.ResolveModelRequest(model="sim"))
+    assert resolved.version == marked
+    request = pb.SetDeprecationRequest(digest=digest)
+    assert not (await house.call("SetDeprecation", request)).version.HasField("deprecation")
+    watching.cancel()
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "fields"),
+    [
+        (
+            "ListAliasHistory",
+            pb.ListAliasHistoryRequest(model="a b", limit=1001),
+            ["model", "alias", "limit"],
+        ),
+        ("DeleteAlias", pb.DeleteAliasRequest(model="m", alias="a b"), ["alias"]),
+        ("SetDeprecation", pb.SetDeprecationRequest(digest="x", message="x"), ["digest", "message"]),
+        ("CollectGarbage", pb.CollectGarbageRequest(min_age_ms=2**63), ["min_age_ms"]),
+    ],
+)
+async def test_requests_that_cannot_be_met_name_every_field(house, method, request_, fields):
+    error = await house.refused("FIELD_INVALID", house.call(method, request_))
+    assert [field for field, _ in error.violations] == fields
+
+
+async def test_garbage_is_told_before_it_is_collected(house):
+    imported, _ = await house.import_model("builtin:sim", "sim", aliases=["canary"])
+    files = imported.version.manifest.files
+    await house.call("DeleteAlias", pb.DeleteAliasRequest(model="sim", alias="canary"))
+    kept = await house.call("CollectGarbage", pb.CollectGarbageRequest(min_age_ms=1))
+    assert (len(kept.deleted), kept.kept_blobs, kept.spared_blobs) == (0, len(files), 0)
+    await house.call("DeleteVersion", pb.DeleteVersionRequest(digest=imported.version.digest))
+    young = await house.call("CollectGarbage", pb.CollectGarbageRequest())
+    assert (len(young.deleted), young.kept_blobs, young.spared_blobs) == (0, 0, len(files))
+    for file in files:
+        os.utime(house.store / blob_path(file.digest), (1, 1))
+    told = await house.call("CollectGarbage", pb.CollectGarbageRequest(dry_run=True))
+    assert {file.digest for file in told.deleted} == {file.digest for file in files}
+    assert await house.fetch(files[0].digest)
+    done = await house.call("CollectGarbage", pb.CollectGarbageRequest())
+    assert sorted(f.digest for f in done.deleted) == sorted(f.digest for f in told.deleted)
+    assert done.deleted_bytes == sum(file.size_bytes for file in files)
+    await house.refused("BLOB_NOT_FOUND", house.fetch(files[0].digest))
+
+
+async def test_verify_finds_what_is_damaged_and_says_how_far_it_is(house, blob):
+    whole = [event async for event in house.stub.Verify(pb.VerifyRequest())]
+    assert whole[-1].verified.damaged == 0
+    progress = [event.progress for event in whole if event.HasField("progress")]
+    assert {step.stage for step in progress} == {"verify"}
+    assert progress[-1].done_bytes == progress[-1].total_bytes == whole[-1].verified.bytes
+    path = house.store / blob_path(blob.digest)
+    path.chmod(0o600)
+    path.write_bytes(bytes(blob.size_bytes))
+    (version,) = (await house.call("ListModels", pb.ListModelsRequest())).models[0].versions
+    events = [event async for event in house.stub.Verify(pb.VerifyRequest(model="sim"))]
+    (damaged,) = [event.damaged for event in events if event.HasField("damaged")]
+    assert (damaged.digest, list(damaged.versions)) == (blob.digest, [version.digest])
+    assert damaged.problem.startswith("wrong digest: sha256:")
+    assert events[-1].verified.damaged == 1
+
+
+async def test_verify_of_an_unknown_model_is_refused(house):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await house.stub.Verify(pb.VerifyRequest(model="nope")).read()
+    assert from_rpc_error(caught.value).reason == "MODEL_NOT_FOUND"
+
+
+async def test_a_store_that_fails_is_unavailable_and_the_catalogue_is_served_on(house, monkeypatch):
+    imported, _ = await house.import_model("builtin:sim", "sim")
+
+    def away(*_, **__):
+        raise BaseError("Error performing PUT http://127.0.0.1:9 in 2s\n\nDebug source: more")
+
+    monkeypatch.setattr(obstore, "put", away)
+    target = pb.AliasTarget(digest=imported.version.digest)
+    request = pb.SetAliasRequest(model="sim", alias="stable", targets=[target])
+    error = await house.refused("SERVICE_UNAVAILABLE", house.call("SetAlias", request))
+    assert error.retriable
+    assert error.message == "the store cannot be used: Error performing PUT http://127.0.0.1:9 in 2s"
     assert (await house.call("ListModels", pb.ListModelsRequest())).models
 
 

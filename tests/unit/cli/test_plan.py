@@ -54,6 +54,12 @@ def test_batcher_and_envoy_know_the_workers_by_the_same_addresses():
     assert from_batcher == [f"{host}:{port}" for host, port in made.endpoints()["worker"]]
 
 
+def test_workers_read_the_modelstores_own_folder():
+    made = specs(make(workers=2))
+    store = made["modelstore"].env["TOKENLOOM_MODELSTORE_STORE_DIR"]
+    assert {made[f"worker-{i}"].env["TOKENLOOM_WORKER_STORE_DIR"] for i in range(2)} == {store}
+
+
 def test_threads_are_divided_between_workers_and_never_zero():
     assert [plan.threads_per_worker(8, n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
 
@@ -79,6 +85,13 @@ def test_all_models_with_weights_are_loaded_when_none_is_named():
 
 def test_named_models_are_loaded_once_each_with_their_alias():
     assert catalog.choose(STORED, "torch", ["small@canary", "big", "big"]) == ["small@canary", "big"]
+
+
+def test_a_model_that_its_name_alone_does_not_stand_for_is_loaded_only_by_an_alias():
+    assert catalog.choose(STORED, "torch", [], {"big"}) == ["small"]
+    assert catalog.choose(STORED, "torch", ["big@canary"], {"big"}) == ["big@canary"]
+    with pytest.raises(CliError, match="tokenloom models alias NAME stable VERSION"):
+        catalog.choose(STORED, "torch", [], {"big", "small"})
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 from services.modelstore.adapters.memory import MemoryObjects
 from services.modelstore.core.ports import ConversionJob, Converted, Progress
+from services.modelstore.core.refusal import Refused
+from services.modelstore.core.urls import Url
+from services.modelstore.core.web import Absent, Arrived, TooLarge
 from tests.unit.modelstore.made import facts
 
 
@@ -63,3 +67,32 @@ class MortalObjects(MemoryObjects):
     async def adopt(self, path: str, file: str) -> None:
         self._write()
         await super().adopt(path, file)
+
+
+class FakeWeb:
+    """Serves `files` by URL, without any resuming. A value that is an exception is raised halfway."""
+
+    def __init__(self, files: Mapping[str, bytes | Exception]) -> None:
+        self.files = dict(files)
+        self.asked: list[str] = []
+
+    def check_allowed(self, url: Url) -> None:
+        if url.host == "forbidden":
+            raise Refused("PERMISSION_DENIED", f"{url.shown}: not allowed", permission="import_urls")
+
+    async def fetch(
+        self, url: Url, file: str, bytes_max: int
+    ) -> AsyncGenerator[Arrived | Absent | TooLarge, None]:
+        self.asked.append(str(url))
+        data = self.files.get(str(url))
+        if data is None:
+            yield Absent("answers 404")
+            return
+        if isinstance(data, Exception):
+            yield Arrived(1, 2)
+            raise data
+        if len(data) > bytes_max:
+            yield TooLarge(len(data))
+            return
+        await asyncio.to_thread(Path(file).write_bytes, data)
+        yield Arrived(len(data), len(data))

@@ -24,7 +24,23 @@ KEY = AliasKey("smollm2", "stable", 7)
 
 def test_a_record_survives_storing():
     targets = (Target(A, 9), Target(B, 1))
-    assert parse_record(record_bytes(targets, 123), KEY) == AliasState("stable", 7, targets)
+    assert parse_record(record_bytes(targets, 123), KEY) == AliasState("stable", 7, targets, 123)
+
+
+def test_a_record_of_before_changes_had_times_is_read():
+    assert parse_record(b'{"targets":[]}', KEY) == AliasState("stable", 7, ())
+
+
+def test_a_record_without_targets_takes_the_alias_away():
+    assert parse_record(record_bytes((), 5), KEY) == AliasState("stable", 7, (), 5)
+
+
+def test_two_equal_changes_are_two_records():
+    targets = (Target(A),)
+    assert record_bytes(targets, 1, "x") != record_bytes(targets, 1, "y")
+    assert parse_record(record_bytes(targets, 1, "x"), KEY) == parse_record(
+        record_bytes(targets, 1, "y"), KEY
+    )
 
 
 def test_an_alias_stands_for_its_greatest_share():
@@ -79,7 +95,7 @@ def test_folders_hold_their_records():
     assert folder() == "aliases"
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"targets":[]}', b'{"targets":[{"digest":"x"}]}'])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"targets":1}', b'{"targets":[{"digest":"x"}]}'])
 def test_unreadable_records_are_errors(data):
     with pytest.raises(ValueError, match=r"aliases/smollm2/stable/7\.json"):
         parse_record(data, KEY)

@@ -97,5 +97,11 @@ def test_aliases_of_a_model_without_versions_are_not_shown():
     assert list(Catalogue([OLD], gone).models) == ["m"]
 
 
+def test_an_alias_that_was_taken_away_is_not_shown_and_names_nothing():
+    found = catalogue(stable=[], canary=[Target(NEW.digest)])
+    assert [alias.name for alias in found.models["m"].aliases] == ["canary"]
+    assert refusal("m", found).message == "no model 'm@stable'; aliases of m: canary"
+
+
 def test_the_catalogue_knows_the_size_of_every_blob():
     assert catalogue().blob_sizes[OLD.manifest.files[0].digest] == len(b"old")

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from services.modelstore.core.folder_source import (
-    check_safetensors,
     inspect,
     read_license,
     refuse_unknown_file,
 )
 from services.modelstore.core.refusal import Refused
+from services.modelstore.core.safetensors import check_index, check_safetensors
 from tests.unit.modelstore.made import LLAMA, safetensors_file
 
 CONFIG = json.dumps(LLAMA).encode()
@@ -63,15 +63,35 @@ def test_several_weight_files_need_an_index():
     assert "index.json" in refused({**GOOD, "other.safetensors": b""})
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "model.pth", "consolidated.ckpt", "weights.pkl"]
-)
-def test_pickles_are_refused_with_the_reason(name):
+@pytest.mark.parametrize("name", ["model.pt", "model.pth", "consolidated.ckpt", "weights.pkl"])
+def test_pickles_of_other_names_are_refused_with_the_reason(name):
     files = {"config.json": CONFIG, "tokenizer.json": b"{}", name: b""}
     message = refused(files)
-    assert name in message
-    assert "pickle, which runs code" in message
-    assert "save the model as safetensors" in message
+    assert message == (
+        f"m: {name} is a pickle by its name, and of those only pytorch_model.bin and the files of "
+        "pytorch_model.bin.index.json are read; save the model as safetensors"
+    )
+
+
+def test_checkpoints_are_read_when_there_are_no_safetensors():
+    index = json.dumps({"weight_map": {"a": "p-1.bin", "b": "p-2.bin"}}).encode()
+    text = {"config.json": CONFIG, "tokenizer.json": b"{}"}
+    single = look({**text, "pytorch_model.bin": b""})
+    assert (single.format, single.weights) == ("pytorch", ("pytorch_model.bin",))
+    sharded = look({**text, "pytorch_model.bin.index.json": index, "p-1.bin": b"", "p-2.bin": b""})
+    assert (sharded.format, sharded.weights) == ("pytorch", ("p-1.bin", "p-2.bin"))
+    both = look({**GOOD, "pytorch_model.bin.index.json": index, "p-1.bin": b"", "p-2.bin": b""})
+    assert (both.format, both.weights) == ("safetensors", ("model.safetensors",))
+
+
+@pytest.mark.parametrize("name", ["../w.safetensors", "/w.safetensors", "a/b.safetensors", "w.bin", "", 3])
+def test_an_index_names_plain_files_of_its_format_only(name):
+    index = json.dumps({"weight_map": {"a": name}}).encode()
+    assert "no file name .safetensors" in refused({**GOOD, "model.safetensors.index.json": index})
+
+
+def test_json_that_is_nested_without_end_is_not_readable():
+    assert "config.json is not readable as JSON" in refused({**GOOD, "config.json": b"[" * 100_000})
 
 
 def test_other_formats_and_no_weights_at_all_are_refused():
@@ -126,8 +146,8 @@ def test_the_licence_is_the_one_of_the_front_matter(readme, license_):
 WEIGHTS = safetensors_file({"a": 4, "b": 2})
 
 
-def test_a_whole_safetensors_file_is_counted():
-    assert check_safetensors("m", "w.safetensors", WEIGHTS, len(WEIGHTS)) == 2
+def test_a_whole_safetensors_file_names_its_tensors():
+    assert check_safetensors("m", "w.safetensors", WEIGHTS, len(WEIGHTS)) == {"a", "b"}
 
 
 def test_a_safetensors_file_cut_off_anywhere_is_refused():
@@ -149,9 +169,59 @@ def test_a_malformed_safetensors_header_is_refused(header):
 
 
 @pytest.mark.parametrize(
-    ("head", "word"), [(b"PK\x03\x04", "pickle"), (b"\x80\x02}q", "pickle"), (b"root", "GGUF")]
+    ("head", "word"),
+    [
+        (b"PK\x03\x04", "PyTorch checkpoint"),
+        (b"\x80\x02}q", "PyTorch checkpoint"),
+        (b"\x10\0\0\0\0\0\0\0{", "safetensors file alone"),
+        (b"root", "GGUF"),
+    ],
 )
 def test_a_single_file_of_another_kind_is_refused(head, word):
     error = refuse_unknown_file("m.pt", head)
     assert error.reason == "SOURCE_INVALID"
     assert word in error.message
+
+
+def raw_safetensors(tensors, size):
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "size", "word"),
+    [
+        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [1], [4, 8])}, 8, "lies at bytes 4 to 8"),
+        ({"a": ("F32", [2], [4, 12])}, 12, "lies at bytes 4 to 12"),
+        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [1], [12, 16])}, 16, "the one before it ends at 8"),
+        ({"a": ("F32", [3], [0, 8])}, 8, "has 8 bytes, not 12"),
+        ({"a": ("BF16", [-2], [0, 4])}, 4, "has the shape [-2]"),
+        ({"a": ("F32", None, [0, 4])}, 4, "has the shape None"),
+        ({"a": ("F32", [1], [4, 0])}, 0, "lies at bytes 4 to 0"),
+    ],
+)
+def test_tensors_that_overlap_or_are_not_as_long_as_they_say_are_refused(tensors, size, word):
+    header = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": span}
+        for name, (dtype, shape, span) in tensors.items()
+    }
+    data = raw_safetensors(header, size)
+    with pytest.raises(Refused) as caught:
+        check_safetensors("m", "w.safetensors", data, len(data))
+    assert word in caught.value.message
+    assert caught.value.message.endswith("; fetch it again") or "shape" in word
+
+
+def test_an_index_and_its_files_have_to_agree():
+    files = {"1.safetensors": frozenset({"a"}), "2.safetensors": frozenset({"b", "extra"})}
+    check_index("m", "index", {"a": "1.safetensors", "b": "2.safetensors"}, files)
+    with pytest.raises(Refused) as caught:
+        check_index("m", "index", {"a": "1.safetensors", "c": "2.safetensors"}, files)
+    assert caught.value.message == (
+        "m: index places tensor 'c' in 2.safetensors, which does not hold it; fetch the folder again"
+    )
+    with pytest.raises(Refused) as caught:
+        check_index("m", "index", {"a": "1.safetensors"}, {**files, "3.safetensors": frozenset({"b"})})
+    assert caught.value.message == (
+        "m: tensor 'b' lies in 2.safetensors and again in 3.safetensors; fetch the folder again"
+    )

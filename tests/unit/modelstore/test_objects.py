@@ -1,11 +1,16 @@
 """One suite for every adapter of the port `Objects`."""
 
 import asyncio
+import errno
+import os
 
+import obstore
 import pytest
+from obstore.exceptions import BaseError
 
 from services.modelstore.adapters.memory import MemoryObjects
 from services.modelstore.adapters.objects import FolderObjects
+from services.modelstore.core.ports import StoreError
 
 
 @pytest.fixture(params=["memory", "folder"])
@@ -45,11 +50,12 @@ async def test_put_overwrites(objects):
     assert await objects.get("a") == b"second"
 
 
-async def test_names_are_those_below_a_folder(objects):
+async def test_entries_are_those_below_a_folder(objects):
     for path in ("x/1.json", "x/y/2.json", "xy/3.json", "4.json"):
-        await objects.put(path, b"")
-    assert sorted(await objects.names("x")) == ["x/1.json", "x/y/2.json"]
-    assert await objects.names("nothing") == []
+        await objects.put(path, b"four")
+    found = await objects.entries("x")
+    assert sorted((entry.path, entry.size_bytes) for entry in found) == [("x/1.json", 4), ("x/y/2.json", 4)]
+    assert await objects.entries("nothing") == []
 
 
 async def test_delete_is_final_and_may_be_repeated(objects):
@@ -81,7 +87,50 @@ async def test_half_written_objects_are_not_listed(tmp_path):
     await objects.put("manifests/a.json", b"{}")
     # What a writer that was killed leaves behind.
     (tmp_path / "manifests" / "b.json#1").write_bytes(b"{")
-    assert await objects.names("manifests") == ["manifests/a.json"]
+    assert [entry.path for entry in await objects.entries("manifests")] == ["manifests/a.json"]
+
+
+async def test_files_are_as_old_as_the_file_system_says(tmp_path):
+    objects = FolderObjects(tmp_path)
+    await objects.put("a.json", b"{}")
+    await objects.put("b/c.json", b"{}")
+    os.utime(tmp_path / "b" / "c.json", (7, 7))
+    assert [entry.modified_unix_ms for entry in await objects.entries("b")] == [7000]
+    await objects.put("b/c.json", b"{}")
+    assert (await objects.entries("b"))[0].modified_unix_ms > 1_000_000_000_000
+
+
+async def test_old_half_written_files_are_swept_and_nothing_else(tmp_path):
+    objects = FolderObjects(tmp_path)
+    left = [tmp_path / "blobs" / "sha256" / "a#1", tmp_path / "blobs" / "sha256" / "a#2"]
+    others = [tmp_path / ".scratch" / "a#1", tmp_path / "blobs" / "sha256" / "a"]
+    for path in (*left, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    for path in (left[0], *others):
+        os.utime(path, (7, 7))
+    assert await objects.sweep(7001) == 1
+    assert [path.exists() for path in (*left, *others)] == [False, True, True, True]
+
+
+async def test_a_full_disk_is_said_as_such(tmp_path, monkeypatch):
+    def put(*_, **__):
+        raise BaseError("Generic LocalFileSystem error: Unable to copy data: No space left on device\n more")
+
+    monkeypatch.setattr(obstore, "put", put)
+    with pytest.raises(StoreError) as caught:
+        await FolderObjects(tmp_path).put("a", b"")
+    assert caught.value.errno == errno.ENOSPC
+
+
+async def test_other_trouble_is_one_line_without_what_signs_a_request(tmp_path, monkeypatch):
+    def head(*_, **__):
+        raise BaseError("Error performing HEAD http://box/a?sig=hidden in 2s\nDebug source: hidden")
+
+    monkeypatch.setattr(obstore, "head", head)
+    with pytest.raises(StoreError) as caught:
+        await FolderObjects(tmp_path).size("a")
+    assert caught.value.strerror == "Error performing HEAD http://box/a in 2s"
 
 
 def test_a_folder_that_cannot_be_used_says_so(tmp_path):

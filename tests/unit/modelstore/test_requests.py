@@ -33,13 +33,50 @@ def test_all_problems_are_reported_together():
     assert fields(check_import(request)) == ["source", "name", "dtype", "aliases"]
 
 
-@pytest.mark.parametrize("source", ["", "a\0b", "x" * 5000, "https://example.org/model.gguf"])
+@pytest.mark.parametrize("source", ["", "a\0b", "x" * 5000, "https://user:word@example.org/model.gguf"])
 def test_impossible_sources_name_the_field(source):
     assert fields(check_import(ImportRequest(source, "m"))) == ["source"]
 
 
-def test_a_url_is_told_what_to_do():
-    assert "fetch it" in check_import(ImportRequest("s3://bucket/model", "m"))[0][1]
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("s3://bucket/model", "s3:// is not read: fetch it and give its path, or an http(s) URL"),
+        (
+            "https://user:word@example.org/m.gguf",
+            "is a URL with credentials, which are never sent: fetch it and give its path",
+        ),
+        ("https:///m.gguf", "is a URL without a host"),
+        ("https://example.org:port/m.gguf", "is no URL: Port could not be cast to integer value as 'port'"),
+        (
+            "https://example.org/a b",
+            "is a URL with a space or another character that URLs do not have: percent-encode it",
+        ),
+        (
+            "https://example.org/model/?token=x",
+            "is a folder's URL with a query, which its files would not get: leave it out",
+        ),
+        (
+            "https://example.org/model.tar.gz?x",
+            "'model.tar.gz' is an archive, which is not read: unpack it and give the folder",
+        ),
+        ("/models/model.ZIP", "'model.ZIP' is an archive, which is not read: unpack it and give the folder"),
+    ],
+)
+def test_a_source_that_is_not_read_is_told_what_to_do(source, why):
+    assert check_import(ImportRequest(source, "m")) == [("source", why)]
+
+
+def test_urls_and_digests_of_files_are_accepted():
+    for source in ("https://example.org/model.gguf?sig=x", "http://127.0.0.1:1/a/"):
+        assert check_import(ImportRequest(source, "m", source_digest=DIGEST)) == []
+
+
+def test_a_source_digest_is_whole_and_not_for_built_in_models():
+    assert fields(check_import(ImportRequest("/m.gguf", "m", source_digest="sha256:abc"))) == [
+        "source_digest"
+    ]
+    assert fields(check_import(ImportRequest("builtin:sim", "m", source_digest=DIGEST))) == ["source_digest"]
 
 
 def test_too_many_aliases_are_refused():

@@ -1,10 +1,12 @@
 """Working folders: gone afterwards, and gone when their process is."""
 
 import fcntl
+import os
+import time
 
 import pytest
 
-from services.modelstore.adapters.scratch import Scratch
+from services.modelstore.adapters.scratch import KEPT_FOR_S, Busy, Scratch
 
 
 @pytest.fixture
@@ -46,3 +48,39 @@ def test_the_folder_of_a_process_that_lives_is_left_alone(scratch, tmp_path):
 
 def test_nothing_to_sweep_is_fine(scratch):
     assert scratch.sweep() == 0
+
+
+def test_a_kept_folder_is_there_again_until_its_work_is_done(scratch):
+    with scratch.kept("key") as kept:
+        (kept.path / "part").write_text("x")
+    scratch.sweep()
+    with scratch.kept("key") as kept:
+        assert (kept.path / "part").read_text() == "x"
+        kept.done = True
+    assert not kept.path.exists()
+    with scratch.kept("key") as kept:
+        assert not (kept.path / "part").exists()
+
+
+def test_a_kept_folder_is_one_workers_at_a_time(scratch):
+    with scratch.kept("key"), pytest.raises(Busy), scratch.kept("key"):
+        raise AssertionError("two had it")
+    with scratch.kept("key"), scratch.kept("other"):
+        pass
+
+
+def test_a_kept_folder_that_nobody_came_back_for_is_removed(scratch):
+    with scratch.kept("old") as old, scratch.kept("new") as new:
+        pass
+    long_ago = time.time() - KEPT_FOR_S - 60
+    os.utime(old.path / "lock", (long_ago, long_ago))
+    with scratch.kept("another"):
+        assert (old.path.exists(), new.path.exists()) == (False, True)
+
+
+def test_a_kept_folder_in_use_is_not_removed_however_old(scratch):
+    with scratch.kept("old") as old:
+        long_ago = time.time() - KEPT_FOR_S - 60
+        os.utime(old.path / "lock", (long_ago, long_ago))
+        with scratch.kept("another"):
+            assert old.path.exists()
