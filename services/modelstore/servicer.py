@@ -152,13 +152,13 @@ class ModelStoreServicer:
 
     async def FetchBlob(
         self, request: pb.FetchBlobRequest, call: object
-    ) -> AsyncGenerator[pb.FetchBlobResponse, None]:
+    ) -> AsyncGenerator[wire.BlobPiece, None]:
         wire.refuse(check_digest("digest", request.digest))
         with metrics.FETCHES_RUNNING.track_inprogress(), _translated():
             pieces = self._blobs.fetch(request.digest, request.offset, request.length)
             async with aclosing(pieces):
                 async for piece in pieces:
-                    yield pb.FetchBlobResponse(data=piece)
+                    yield wire.BlobPiece(piece)
                     metrics.FETCHED_BYTES.inc(len(piece))
 
 

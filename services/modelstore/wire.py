@@ -19,6 +19,8 @@ from services.modelstore.importer import Imported
 from services.modelstore.verify import Damaged, Verified
 from tokenloom.kit.errors import CallError, field_invalid
 
+_DATA_TAG = pb.FetchBlobResponse.DATA_FIELD_NUMBER << 3 | 2
+
 
 def call_error(refusal: Refused) -> CallError:
     """The refusal as it travels."""
@@ -149,3 +151,21 @@ def _file(file: File) -> pb.File:
 
 def _progress(event: Progress) -> pb.Progress:
     return pb.Progress(stage=event.stage, done_bytes=event.done_bytes, total_bytes=event.total_bytes)
+
+
+class BlobPiece:
+    """A FetchBlobResponse that is written at once: protobuf would copy the bytes of each piece twice."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def SerializeToString(self) -> bytes:
+        """The one field as https://protobuf.dev/programming-guides/encoding has it: tag, length, bytes."""
+        head, length = bytearray([_DATA_TAG]), len(self.data)
+        while length > 0x7F:
+            head.append(length & 0x7F | 0x80)
+            length >>= 7
+        head.append(length)
+        return b"".join((head, self.data))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from pathlib import Path
 
 from loom.worker.v1 import worker_pb2
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -12,13 +11,15 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from services.worker.adapters import memory, orca, spans
 from services.worker.adapters.engines import SimEngines, TorchEngines
 from services.worker.adapters.store import GrpcModelStore
-from services.worker.adapters.weights import NoWeights, WeightCache
+from services.worker.adapters.weights import NoWeights, weight_cache
 from services.worker.front.admission import Admission
 from services.worker.front.engine import Engine, EngineBounds
-from services.worker.front.models import Models, Resident
-from services.worker.front.ports import Launch, ModelVersion
+from services.worker.front.models import ModelBounds, Models
+from services.worker.front.ports import Engines, Launch, ModelStore, ModelVersion, Weights
 from services.worker.front.publisher import Publisher
 from services.worker.front.report import ReportBuilder
+from services.worker.front.reservation import in_words
+from services.worker.front.resident import Resident
 from services.worker.front.sequence import Sequence
 from services.worker.front.worker import Worker
 from services.worker.metrics import StateCollector, WorkerMetrics
@@ -30,9 +31,10 @@ from tokenloom.kit.logs import get_logger
 from tokenloom.kit.server import Call, GrpcServer
 
 WORKER_SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
-MEMORY_EVERY_S = 5.0
 STOP_GRACE_S = 1.0
 """For streams that are still open when everything else has ended."""
+
+Ports = tuple[ModelStore, Weights, Engines]
 
 log = get_logger(__name__)
 
@@ -44,7 +46,6 @@ class WorkerApp:
         self._settings = settings
         self._registry = registry
         self._clock = SystemClock()
-        self._free_memory_bytes = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._serving: bool | None = None
         self._state_changed = asyncio.Event()
@@ -64,8 +65,14 @@ class WorkerApp:
             heartbeat_s=settings.heartbeat_ms / 1000,
         )
         self._metrics = WorkerMetrics(self._registry)
-        models = self._make_models()
-        reports = ReportBuilder(uuid.uuid4().hex, lambda: self._free_memory_bytes)
+        device = await asyncio.to_thread(memory.look, settings)
+        models = self._make_models(device)
+        reports = ReportBuilder(
+            uuid.uuid4().hex,
+            lambda: models.free_bytes,
+            memory_budget_bytes=device.budget_bytes,
+            loads_on_demand=settings.loads_on_demand,
+        )
         self._worker = Worker(
             endpoint=settings.advertise or f"{settings.host}:{settings.port}",
             models=models,
@@ -92,11 +99,9 @@ class WorkerApp:
         if not settings.advertise:
             self._worker.endpoint = f"{settings.host}:{self.port}"
         models.start(split_models(settings.models))
-        self._tasks = [
-            asyncio.create_task(self._tell_health(), name="health"),
-            asyncio.create_task(self._look_at_memory(), name="memory"),
-        ]
-        log.info("worker listens", endpoint=self._worker.endpoint, engine=settings.engine)
+        self._tasks = [asyncio.create_task(self._tell_health(), name="health")]
+        budget = in_words(device.budget_bytes) if device.budget_bytes else "not bounded"
+        log.info("worker listens", endpoint=self._worker.endpoint, engine=settings.engine, memory=budget)
 
     def readiness(self) -> str:
         """Empty when every configured model can serve, else one line why not."""
@@ -122,20 +127,32 @@ class WorkerApp:
         await self._channel.close(None)
         self._metrics.close()
 
-    def _make_models(self) -> Models:
+    def _ports(self, device: memory.Device) -> Ports:
+        """Where versions, weights and engines come from."""
         settings = self._settings
         store = GrpcModelStore(self._channel, settings.modelstore_target)
-        cache_dir = Path(settings.cache_dir).expanduser()
-        sim = settings.engine == "sim"
+        if settings.engine == "sim":
+            return store, NoWeights(), SimEngines(settings)
+        return store, weight_cache(settings, store), TorchEngines(settings, device)
+
+    def _make_models(self, device: memory.Device) -> Models:
+        settings = self._settings
+        store, weights, engines = self._ports(device)
         return Models(
             store=store,
-            weights=NoWeights()
-            if sim
-            else WeightCache(cache_dir, store, attempts_max=settings.fetch_attempts_max),
-            engines=SimEngines(settings) if sim else TorchEngines(settings),
+            weights=weights,
+            engines=engines,
             make_engine=self._make_engine,
-            models_max=settings.models_max,
-            resolve_backoff_max_s=settings.resolve_backoff_max_s,
+            budget_bytes=device.budget_bytes,
+            bounds=ModelBounds(
+                models_max=settings.models_max,
+                resolve_backoff_max_s=settings.resolve_backoff_max_s,
+                min_dwell_s=settings.min_dwell_s,
+                evict_grace_s=settings.evict_grace_s,
+                failed_keep_s=settings.failed_keep_s,
+                loads_on_demand=settings.loads_on_demand,
+            ),
+            clock=self._clock,
             changed=self._changed,
         )
 
@@ -173,11 +190,6 @@ class WorkerApp:
                 await self._server.set_serving(serving)
             self._state_changed.clear()
             await self._state_changed.wait()
-
-    async def _look_at_memory(self) -> None:
-        while True:
-            self._free_memory_bytes = await asyncio.to_thread(memory.available_bytes)
-            await asyncio.sleep(MEMORY_EVERY_S)
 
 
 def build(settings: WorkerSettings) -> WorkerApp:

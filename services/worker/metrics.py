@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.worker.front.models import Resident, Stage
+from services.worker.front.resident import Resident, Stage
 from services.worker.front.sequence import Sequence
 from services.worker.front.tally import BOUNDS_S
 

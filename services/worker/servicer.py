@@ -8,10 +8,10 @@ from contextlib import aclosing
 
 from loom.worker.v1 import worker_pb2 as pb
 
-from services.worker.front.models import Resident
 from services.worker.front.publisher import Published, Publisher
 from services.worker.front.report import resident_model
 from services.worker.front.requests import tenant_of, to_response, to_submit, usage_of
+from services.worker.front.resident import Resident
 from services.worker.front.sequence import Sequence
 from services.worker.front.worker import Worker
 from tokenloom.contract import headers
@@ -86,7 +86,8 @@ class WorkerServicer:
 
     async def LoadModel(self, request: pb.LoadModelRequest, call: Call) -> pb.LoadModelResponse:
         """Make a model resident; the load goes on when the caller leaves."""
-        return pb.LoadModelResponse(model=resident_model(await self._worker.models.load(request.version)))
+        resident = await self._worker.models.load(request.version, evict=request.evict)
+        return pb.LoadModelResponse(model=resident_model(resident))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, call: Call) -> pb.UnloadModelResponse:
         """End a model's engine once its sequences are done."""

@@ -27,9 +27,26 @@ class WorkerSettings(ServiceSettings):
     """Comma-separated `name`, `name@alias` or `name@sha256:…`, made resident at start."""
     models_max: int = Field(8, ge=1, le=64)
     """Models that may be resident, or on their way, at once."""
+    memory_bytes: int = Field(0, ge=0)
+    """For the engines of all models together; 0: what is free on the device at start, less a share."""
+    loads_on_demand: bool = True
+    """Whether models that `models` does not name may be loaded by command, as the batcher does."""
+    min_dwell_s: float = Field(150, ge=0, le=86_400)
+    """A model is not evicted for another before it could serve for so long."""
+    evict_grace_s: float = Field(30, ge=0, le=3600)
+    """For the sequences of an evicted model to end; then they are handed back, to go on elsewhere."""
+    failed_keep_s: float = Field(30, ge=0, le=86_400)
+    """How long a model that could not be loaded by command is reported as failed."""
     modelstore_target: str = Field("127.0.0.1:9200", min_length=1)
     cache_dir: str = Field("~/.cache/tokenloom/worker", min_length=1)
     """Fetched weights; workers of one node may share it."""
+    cache_bytes_max: int = Field(0, ge=0)
+    """Of all workers of this node that share `cache_dir`; what is not in use leaves, the version that was
+    not used for longest first. 0: no bound but the disk's."""
+    fetch_streams: int = Field(4, ge=1, le=64)
+    """FetchBlob streams at once, of all files together."""
+    store_dir: str = ""
+    """The modelstore's folder, when this machine can read it: files are linked from there, not copied."""
 
     device: str = Field("auto", min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -51,10 +51,13 @@ class Client:
     def stub(self) -> rpc.InferenceServiceStub:
         return rpc.InferenceServiceStub(self._pool.next())
 
-    async def generate(self, request: pb.GenerateRequest, timeout_s: float = 120) -> Answer:
+    async def generate(
+        self, request: pb.GenerateRequest, timeout_s: float = 120, request_id: str = ""
+    ) -> Answer:
         """The whole answer; errors are returned, not raised."""
         answer = Answer()
-        call = self.stub().Generate(request, timeout=timeout_s)
+        metadata = [("x-request-id", request_id)] if request_id else None
+        call = self.stub().Generate(request, timeout=timeout_s, metadata=metadata)
         try:
             async for message in call:
                 if message.HasField("started"):

@@ -113,8 +113,21 @@ class FolderObjects(StoredObjects):
         if not await self._call(self._move, path, Path(file)):
             await self._call(obstore.put, self._store, path, Path(file), mode="overwrite")
 
+    async def read(self, path: str, start: int, end: int) -> bytes:
+        return await self._call(self._read, path, start, end)
+
     async def sweep(self, before_unix_ms: int) -> int:
         return await self._call(self._sweep, before_unix_ms)
+
+    def _read(self, path: str, start: int, end: int) -> bytes:
+        """Without obstore, which copies the bytes twice more; fewer when the file ends before `end`."""
+        try:
+            with (self._folder / path).open("rb", buffering=0) as file:
+                return os.pread(file.fileno(), end - start, start)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(error.errno, error.strerror) from error
 
     def _move(self, path: str, file: Path) -> bool:
         """False when the folder is on another file system."""

@@ -12,7 +12,7 @@ from typing import Any
 from xds.data.orca.v3 import orca_load_report_pb2
 from xds.service.orca.v3 import orca_pb2
 
-from services.worker.front.models import Resident, Stage
+from services.worker.front.resident import Resident, Stage
 from services.worker.metrics import kv_usage
 from tokenloom.kit.server import Call
 

@@ -6,7 +6,7 @@ last. Both are recorded when the sequence is over: a token costs nothing here.
 
 from __future__ import annotations
 
-from services.worker.front.models import Resident
+from services.worker.front.resident import Resident
 from services.worker.front.sequence import Sequence
 from tokenloom.kit.server import Call
 from tokenloom.kit.telemetry import record

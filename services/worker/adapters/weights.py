@@ -1,45 +1,36 @@
-"""Weights on this machine's disk: blobs by digest, fetched once, verified before they get their name.
+"""Weights on this machine's disk: blobs by digest, brought here once, verified before anybody uses them.
 
-    cache_dir/blobs/sha256/<hex>          a whole, verified blob
-    cache_dir/blobs/sha256/<hex>.part     what came so far; a fetch goes on after it
-    cache_dir/blobs/sha256/<hex>.lock     held by the one process of this machine that fetches
-    cache_dir/models/<hex>/...            one version's files, as hard links to blobs
+    cache_dir/blobs/sha256/<hex>...       blobs and what lies beside them: `blobfile`
+    cache_dir/versions/<hex>...           which versions are known, and who uses them: `cache_records`
+    cache_dir/models/<hex>/...            one version's files, as links to blobs
 
-Bounds: `attempts_max` tries in a row that bring no new byte or a wrong digest; `LOCK_WAIT_MAX_S` for
-another process's fetch. Disk and hashing happen in threads.
+A folder that was handed out stays until `release` or the end of this process. Bounds: `streams_max` FetchBlob
+streams and as many files at once; LOCK_IDLE_MAX_S for another process that brings a blob and makes no
+progress; those of `cache_download` and `cache_room`. Disk and hashing happen in threads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
-from services.worker.adapters.blobfile import DIGEST_PATTERN, FileLock, PartFile
+from services.worker.adapters.blobfile import DIGEST_PATTERN, Blob, FileHash, FileLock, hex_of
+from services.worker.adapters.cache_direct import StoreFolder, link
+from services.worker.adapters.cache_download import HASH_SLICE_BYTES, BlobSource, Came, Downloads, load_failed
+from services.worker.adapters.cache_records import Records
+from services.worker.adapters.cache_room import Room
+from services.worker.adapters.cache_threads import Threads, until
 from services.worker.front.ports import FileRef, ModelVersion
+from services.worker.settings import WorkerSettings
 from tokenloom.kit.errors import CallError
 from tokenloom.kit.logs import get_logger
 
-LOCK_WAIT_MAX_S = 3600.0
-LOCK_POLL_S = 0.1
-RETRY_PAUSE_S = 0.2
-CHUNK_SILENCE_MAX_S = 60.0
-"""A stream of bytes that is silent for so long is given up, and resumed."""
+LOCK_IDLE_MAX_S = 600.0
+LEASE_WAIT_MAX_S = 60.0
+"""For another process that takes this version out of the cache just now."""
 
 log = get_logger(__name__)
-
-
-class BlobSource(Protocol):
-    """Where missing bytes come from."""
-
-    def fetch(self, digest: str, offset: int) -> AsyncGenerator[bytes, None]:
-        """A blob's bytes from `offset` on. Raises CallError."""
-        ...
 
 
 class NoWeights:
@@ -50,20 +41,38 @@ class NoWeights:
         progress(1.0)
         return ""
 
+    def release(self, digest: str) -> None:
+        """Nothing was held."""
+
 
 class WeightCache:
     """The front's `Weights` on disk."""
 
-    def __init__(self, cache_dir: Path, source: BlobSource, *, attempts_max: int) -> None:
+    def __init__(
+        self,
+        cache_dir: Path,
+        source: BlobSource,
+        *,
+        attempts_max: int,
+        streams_max: int = 4,
+        bytes_max: int = 0,
+        store_dir: Path | None = None,
+    ) -> None:
         self._blobs = cache_dir / "blobs" / "sha256"
-        self._models = cache_dir / "models"
-        self._source = source
-        self._attempts_max = attempts_max
+        self._records = Records(cache_dir)
+        self._store = StoreFolder(store_dir) if store_dir else None
+        self._room = Room(self._records, self._blobs, bytes_max, self._store)
+        # A stream writes while its file is hashed.
+        self._threads = Threads(2 * streams_max)
+        self._files = asyncio.Semaphore(streams_max)
+        self._downloads = Downloads(source, self._threads, streams_max=streams_max, attempts_max=attempts_max)
+        self._leases: dict[str, FileLock] = {}
 
     async def folder(self, version: ModelVersion, progress: Callable[[float], None]) -> str:
         """Bring every file here and return the folder. Raises CallError or OSError."""
         _check(version)
-        total = sum(file.size_bytes for file in version.files) or 1
+        files = {file.digest: file for file in version.files}.values()
+        total = sum(file.size_bytes for file in files) or 1
         done = 0
 
         def came(size: int) -> None:
@@ -71,149 +80,148 @@ class WeightCache:
             done += size
             progress(min(1.0, max(0.0, done / total)))
 
-        await asyncio.to_thread(self._make_folders)
-        for file in version.files:
-            await self._ensure(file, came)
-        return str(await asyncio.to_thread(self._assemble, version))
+        await self._threads.run(self._make_folders)
+        await self._take_lease(version)
+        try:
+            await self._threads.run(self._room.reserve, version)
+            await self._ensure_all(files, came)
+            return str(await self._threads.run(self._assemble, version))
+        except BaseException:
+            self.release(version.digest)
+            raise
+
+    def release(self, digest: str) -> None:
+        """This process no longer uses a version: it may leave the cache. Harmless when it never did."""
+        lease = self._leases.pop(digest, None)
+        if lease is not None:
+            self._records.touch(hex_of(digest))
+            lease.release()
 
     def _make_folders(self) -> None:
-        self._blobs.mkdir(parents=True, exist_ok=True)
-        self._models.mkdir(parents=True, exist_ok=True)
+        for folder in (self._blobs, self._records.versions, self._records.models):
+            folder.mkdir(parents=True, exist_ok=True)
 
-    def _blob(self, digest: str) -> Path:
-        return self._blobs / digest.removeprefix("sha256:")
-
-    async def _ensure(self, file: FileRef, came: Callable[[int], None]) -> None:
-        path = self._blob(file.digest)
-        if await asyncio.to_thread(_is_whole, path, file.size_bytes):
-            came(file.size_bytes)
+    async def _take_lease(self, version: ModelVersion) -> None:
+        if version.digest in self._leases:
             return
-        lock = FileLock(path.with_suffix(".lock"))
-        await self._acquire(lock, file)
+        lease = self._records.lease(hex_of(version.digest))
+        if not await self._locked(lease, LEASE_WAIT_MAX_S, lambda: 0):
+            why = f"another process has been removing {version.name} for too long"
+            raise CallError("MODEL_LOAD_FAILED", why, metadata={"model": version.name, "cause": why})
+        self._leases[version.digest] = lease
+
+    async def _ensure_all(self, files: Iterable[FileRef], came: Came) -> None:
+        """The first error ends the others."""
         try:
-            if await asyncio.to_thread(_is_whole, path, file.size_bytes):
-                came(file.size_bytes)
+            async with asyncio.TaskGroup() as group:
+                for file in files:
+                    group.create_task(self._ensure(file, came), name=f"bring {file.path}")
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _ensure(self, file: FileRef, came: Came) -> None:
+        blob = Blob(self._blobs / hex_of(file.digest))
+        async with self._files:
+            if not await self._threads.run(blob.is_verified, file.size_bytes):
+                lock = FileLock(blob.lock)
+                if not await self._locked(lock, LOCK_IDLE_MAX_S, blob.disk_bytes):
+                    raise load_failed(file, f"another process holds {blob.lock} and brings nothing")
+                try:
+                    await self._bring(file, blob, came)
+                finally:
+                    lock.release()
             else:
-                await self._fetch(file, path, came)
-        finally:
+                came(file.size_bytes)
+
+    async def _locked(self, lock: FileLock, idle_max_s: float, sign: Callable[[], object]) -> bool:
+        """Wait until it is ours. False when whoever holds it gave no `sign` of work for too long."""
+        try:
+            return await until(lambda: self._threads.run(lock.try_acquire), idle_max_s, sign)
+        except BaseException:
+            # Cancelled, perhaps in the moment in which it became ours.
             lock.release()
+            raise
 
-    async def _acquire(self, lock: FileLock, file: FileRef) -> None:
-        waited_s = 0.0
-        while not await asyncio.to_thread(lock.try_acquire):
-            if waited_s >= LOCK_WAIT_MAX_S:
-                raise _load_failed(file, "another process has been fetching it for too long")
-            await asyncio.sleep(LOCK_POLL_S)
-            waited_s += LOCK_POLL_S
+    async def _bring(self, file: FileRef, blob: Blob, came: Came) -> None:
+        """With the lock: what is here already, else the store's own file, else by FetchBlob."""
+        if await self._threads.run(blob.is_verified, file.size_bytes):
+            came(file.size_bytes)
+        elif not await self._is_right(file, blob, came) and not await self._link(file, blob, came):
+            await self._downloads.fetch(file, blob, came)
 
-    async def _fetch(self, file: FileRef, path: Path, came: Callable[[int], None]) -> None:
-        tries = 0
-        while True:
-            part = PartFile(path.with_suffix(".part"))
-            start = await asyncio.to_thread(part.open)
-            came(start)
-            try:
-                failure = await self._append(file, part, came)
-                if failure is None:
-                    await asyncio.to_thread(part.finish, path)
-                    return
-                progressed = part.size > start and failure.reason != "DIGEST_MISMATCH"
-                tries = 1 if progressed else tries + 1
-                came(-part.size)
-                if failure.reason == "DIGEST_MISMATCH":
-                    await asyncio.to_thread(part.discard)
-            finally:
-                await asyncio.to_thread(part.close)
-            if tries >= self._attempts_max:
-                raise failure
-            log.warning("fetching a blob again", file=file.path, digest=file.digest, why=failure.message)
-            await asyncio.sleep(RETRY_PAUSE_S * tries)
+    async def _link(self, file: FileRef, blob: Blob, came: Came) -> bool:
+        store = self._store
+        if store is None or not await self._threads.run(store.offers, blob, file.size_bytes):
+            return False
+        if not await self._threads.run(store.link, blob):
+            return False
+        if not await self._is_right(file, blob, came):
+            why = (
+                f"{file.path}: the store's blob {file.digest} holds other bytes than its name says: see what "
+                "is damaged with `tokenloom models verify`, delete the version and import its model again"
+            )
+            raise CallError("DIGEST_MISMATCH", why, metadata={"digest": file.digest})
+        return True
 
-    async def _append(self, file: FileRef, part: PartFile, came: Callable[[int], None]) -> CallError | None:
-        """Fetch what is missing. None when the blob is whole and right; raises what no retry mends."""
-        if part.size < file.size_bytes:
-            try:
-                async with aclosing(self._source.fetch(file.digest, part.size)) as chunks:
-                    while (data := await _next_within(chunks, CHUNK_SILENCE_MAX_S)) is not None:
-                        await asyncio.to_thread(part.write, data)
-                        came(len(data))
-                        if part.size > file.size_bytes:
-                            break
-            except CallError as error:
-                if not error.retriable and error.reason != "DIGEST_MISMATCH":
-                    raise _load_failed(file, error.message) from error
-                return error
-        if part.size < file.size_bytes:
-            return CallError("SERVICE_UNAVAILABLE", f"{file.path}: the stream ended early")
-        actual = part.digest()
-        if part.size != file.size_bytes or actual != file.digest:
-            why = f"{file.path}: the bytes that came have digest {actual}, not {file.digest}"
-            return CallError("DIGEST_MISMATCH", why, metadata={"digest": file.digest, "actual": actual})
-        return None
+    async def _is_right(self, file: FileRef, blob: Blob, came: Came) -> bool:
+        """Whether a file of this size is here and has the digest; then it is remembered, else forgotten."""
+        if not await self._threads.run(blob.is_whole, file.size_bytes):
+            return False
+        hashed = FileHash(blob.path)
+        try:
+            await self._threads.run(hashed.open)
+            while hashed.done < file.size_bytes:
+                end = min(file.size_bytes, hashed.done + HASH_SLICE_BYTES)
+                if not (count := await self._threads.run(hashed.to, end)):
+                    break
+                came(count)
+        finally:
+            hashed.close()
+        if hashed.digest() == file.digest:
+            await self._threads.run(blob.remember)
+            return True
+        came(-hashed.done)
+        log.warning("blob is damaged", file=file.path, digest=file.digest, actual=hashed.digest())
+        await self._threads.run(blob.discard)
+        return False
 
     def _assemble(self, version: ModelVersion) -> Path:
-        target = self._models / version.digest.removeprefix("sha256:")
-        if _is_complete(target, version):
-            return target
-        made = self._models / f".{target.name}.{uuid.uuid4().hex}"
-        try:
-            for file in version.files:
-                place = made / file.path
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _link(self._blob(file.digest), place)
-            if target.exists():
-                target.rename(made / ".replaced")
-            made.rename(target)
-        except OSError:
-            # Another worker of this machine was faster.
-            if not _is_complete(target, version):
-                raise
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(target / ".replaced", ignore_errors=True)
-        return target
-
-
-async def _next_within(chunks: AsyncGenerator[bytes, None], seconds: float) -> bytes | None:
-    try:
-        return await asyncio.wait_for(anext(chunks, None), seconds)
-    except TimeoutError:
-        why = f"no byte came for {seconds:g} s"
-        raise CallError("SERVICE_UNAVAILABLE", why, metadata={"service": "modelstore"}) from None
+        """Links, each made at once: a kill in between leaves fewer of them, never a wrong one."""
+        folder = self._records.models / hex_of(version.digest)
+        folder.mkdir(exist_ok=True)
+        for file in version.files:
+            blob, place = self._blobs / hex_of(file.digest), folder / file.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.exists() and place.samefile(blob):
+                continue
+            place.unlink(missing_ok=True)
+            try:
+                link(blob.resolve(), place)
+            except FileExistsError:
+                # Another worker of this machine was faster.
+                continue
+        return folder
 
 
 def _check(version: ModelVersion) -> None:
     """Names from outside become paths here: only plain relative ones, and only real digests."""
     for file in (FileRef(version.name, version.digest, 0), *version.files):
         if not DIGEST_PATTERN.fullmatch(file.digest):
-            raise _load_failed(file, f"{file.digest[:80]!r} is no sha256 digest")
+            raise load_failed(file, f"{file.digest[:80]!r} is no sha256 digest")
     for file in version.files:
         path = PurePosixPath(file.path)
         odd = path.is_absolute() or not path.parts or ".." in path.parts
         if odd or "\0" in file.path or "\\" in file.path:
-            raise _load_failed(file, f"{file.path[:80]!r} is no relative path")
+            raise load_failed(file, f"{file.path[:80]!r} is no relative path")
 
 
-def _load_failed(file: FileRef, why: str) -> CallError:
-    message = f"cannot fetch {file.path[:80]}: {why}"
-    return CallError("MODEL_LOAD_FAILED", message, metadata={"model": file.path[:80], "cause": why[:200]})
-
-
-def _is_whole(path: Path, size_bytes: int) -> bool:
-    """A blob gets its name only after its digest was checked, so its size says enough afterwards."""
-    try:
-        return path.stat().st_size == size_bytes
-    except OSError:
-        return False
-
-
-def _is_complete(folder: Path, version: ModelVersion) -> bool:
-    return all(_is_whole(folder / file.path, file.size_bytes) for file in version.files) and folder.is_dir()
-
-
-def _link(blob: Path, place: Path) -> None:
-    try:
-        os.link(blob, place)
-    except OSError:
-        # Some file systems have no hard links.
-        place.symlink_to(os.path.relpath(blob, place.parent))
+def weight_cache(settings: WorkerSettings, source: BlobSource) -> WeightCache:
+    """The cache of these settings."""
+    return WeightCache(
+        Path(settings.cache_dir).expanduser(),
+        source,
+        attempts_max=settings.fetch_attempts_max,
+        streams_max=settings.fetch_streams,
+        bytes_max=settings.cache_bytes_max,
+        store_dir=Path(settings.store_dir).expanduser() if settings.store_dir else None,
+    )

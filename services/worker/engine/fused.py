@@ -26,9 +26,6 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {
 }
 """The plain layers, and where each keeps its attention window."""
 
-PLAIN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""`model_type` of the families that have plain layers alone."""
-
 GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """`hidden_act` of a configuration, and what the kernels call it."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from services.worker.engine.cpu.kernels import Kernels
 from services.worker.engine.cpu.stack import KernelProduct
+from services.worker.engine.mapped import MappedFiles
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that transformers calls one after the other with the same input."""
@@ -82,12 +83,17 @@ class Products:
     """Makes the products of a model's linear layers, all in the form that suits its device."""
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, kernels: Kernels | None = None, *, on_triton: bool = False
-    ) -> None:
-        """`dtype` is that of the activations; weights in bfloat16 may be multiplied in float32."""
+        self, model: nn.Module, dtype: torch.dtype, kernels: Kernels | None = None, *,
+        on_triton: bool = False, files: MappedFiles | None = None,
+    ) -> None:  # fmt: skip
+        """`dtype` is that of the activations; weights in bfloat16 may be multiplied in float32.
+
+        `files`: where the weights lie until they are packed.
+        """
         self.kernels = kernels
         self.on_triton = on_triton
         self._dtype = dtype
+        self._files = files
         first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
         self._pack = None if first is None else _pack_for(first.weight.device, dtype, kernels)
 
@@ -111,7 +117,10 @@ class Products:
     def _make(self, weight: Tensor, bias: Tensor | None) -> Product:
         given = None if bias is None else bias.detach().to(self._dtype)
         plain = _plain if weight.device.type == "cpu" else _on_device
-        return (self._pack or plain)(weight.detach(), given)
+        product = (self._pack or plain)(weight.detach(), given)
+        if self._pack is not None and self._files is not None:
+            self._files.was_read(weight.nbytes)
+        return product
 
 
 def arrange(model: nn.Module, products: Products) -> None:

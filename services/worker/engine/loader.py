@@ -25,10 +25,11 @@ from services.worker.engine.config import EngineConfig
 from services.worker.engine.cpu.cache import suits
 from services.worker.engine.cpu.kernels import Kernels, available
 from services.worker.engine.errors import EngineError, load_failed, unsupported
-from services.worker.engine.fused import PLAIN_TYPES, fuse, stack
+from services.worker.engine.fused import fuse, stack
 from services.worker.engine.linear import Products, arrange
+from services.worker.engine.mapped import MappedFiles
 from services.worker.engine.memory import Shape, cache_blocks, host_available_bytes
-from services.worker.engine.support import Unsupported, check_support
+from services.worker.engine.support import PLAIN_TYPES, Unsupported, check_support
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CAPABILITY_MIN = (8, 0)
@@ -84,13 +85,16 @@ def load(config: EngineConfig, progress: Callable[[str, float], None]) -> Loaded
     model = _random(folder, held, device) if random else _stored(folder, held, device)
     progress("layout", 0.7)
     on_triton = _on_triton(device)
-    products = Products(model, dtype, kernels, on_triton=on_triton)
+    files = None if random or device.type != "cpu" else MappedFiles(folder)
+    products = Products(model, dtype, kernels, on_triton=on_triton, files=files)
     fuse(model, products)
     arrange(model, products)
     if held is not dtype:
         _widen(model, dtype)
     if kernels is not None:
         stack(model, kernels)
+    if files is not None:
+        files.let_go()
     return LoadedModel(model, device, dtype, shape, blocks, kernels, on_triton)
 
 

@@ -30,6 +30,9 @@ FAMILIES = frozenset(
 )
 """`model_type` of families that are compared with transformers' own generation in the tests."""
 
+PLAIN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""`model_type` of the families that have layers of the plain shape (fused.py) alone."""
+
 ROPE_FIXED = frozenset({"default", "linear", "llama3", "yarn"})
 """RoPE types whose frequencies are the same for every batch."""
 

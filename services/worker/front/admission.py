@@ -59,6 +59,11 @@ class Admission:
         return len(self._queue)
 
     @property
+    def queue(self) -> list[Sequence]:
+        """Those that wait here, the next first."""
+        return [entry[3] for entry in self._queue]
+
+    @property
     def running(self) -> int:
         """Sequences in the engine's batch, as far as it said."""
         return min(self._load.running, len(self._active))

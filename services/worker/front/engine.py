@@ -91,7 +91,14 @@ class Engine:
         self.progress = 0.0
         self.error: CallError | None = None
         self.restarts = 0
-        self._worker = worker
+        self.ready_s: float | None = None
+        """When it could serve for the first time, by the clock's monotonic seconds."""
+        self.started_s: float | None = None
+        """When its last sequence came."""
+        self.ended_s: float | None = None
+        """When its last sequence ended, or its caller left."""
+        self.worker = worker
+        """Where it runs, for messages."""
         self._launch = launch
         self._clock = clock
         self._bounds = bounds
@@ -103,6 +110,7 @@ class Engine:
         self._untold: deque[tuple[int, int]] = deque()
         """(when, tokens) of sequences that were sent and that no step's load holds yet."""
         self._settled = asyncio.Event()
+        self._gave_up = asyncio.Event()
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -120,15 +128,40 @@ class Engine:
         """End the process; sequences that are still there are lost."""
         self._stopping.set()
         if self._task is not None:
-            await self._task
+            await asyncio.wait({self._task})
         self.state = EngineState.STOPPED
         self._settled.set()
 
+    async def given_up(self) -> None:
+        """Raise the CallError of an engine that failed for good; until then, wait."""
+        await self._gave_up.wait()
+        if self.error is not None:
+            raise self.error
+
     async def idle(self) -> None:
         """Return when no sequence is held or queued."""
-        while self.admission.active or self.admission.queued:
+        while self.busy:
             self._moved.clear()
             await self._moved.wait()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence is held or queued."""
+        return bool(self.admission.active or self.admission.queued)
+
+    def now_s(self) -> float:
+        """The time by which `ready_s` and the others are told."""
+        return self._clock.monotonic()
+
+    def hand_back(self, error: CallError, *, waiting_only: bool = False) -> int:
+        """End every sequence, or all that were not begun, with a reason to send it again; how many."""
+        held = [] if waiting_only else list(self.admission.active.values())
+        for sequence in (back := [*self.admission.queue, *held]):
+            sequence.fail(error)
+            if self.admission.leave(sequence.key) and self._link is not None:
+                self._link.send(Cancel(sequence.key))
+        self._note()
+        return len(back)
 
     @property
     def queued_prefill_tokens(self) -> int:
@@ -141,6 +174,8 @@ class Engine:
         if offer is Offer.START and not self._send(sequence):
             self.admission.leave(sequence.key)
             return Offer.FULL
+        if offer is not Offer.FULL:
+            self.started_s = self._clock.monotonic()
         if offer is Offer.QUEUE or (offer is Offer.START and not sequence.leased):
             # Whoever gave a lease counts it already; the others learn of it with the next report.
             self._note()
@@ -148,6 +183,7 @@ class Engine:
 
     def cancel(self, sequence: Sequence) -> None:
         """The caller left: the engine forgets the sequence before its next step."""
+        self.ended_s = self._clock.monotonic()
         if self.admission.leave(sequence.key) and self._link is not None:
             self._link.send(Cancel(sequence.key))
         self._admit(self.admission.admit())
@@ -178,6 +214,8 @@ class Engine:
             self._on_step(event)
         elif isinstance(event, Ready):
             self.ready, self.state, self.progress, self.error = event, EngineState.READY, 1.0, None
+            if self.ready_s is None:
+                self.ready_s = self._heard_s
             self._settled.set()
             self.prefixes.begin(event.total_blocks)
             self._admit(self.admission.open(event))
@@ -311,6 +349,7 @@ class Engine:
         self.state = EngineState.FAILED
         log.error("model failed", model=self.model, reason=self.error.reason, error=str(self.error))
         self._settled.set()
+        self._gave_up.set()
         self._note()
         return True
 
@@ -322,7 +361,7 @@ class Engine:
 
     def _restarted(self, cause: str) -> CallError:
         message = f"the engine of {self.model} ended ({cause}); the same request may be sent again"
-        return CallError("ENGINE_RESTARTED", message, metadata={"worker": self._worker, "cause": cause})
+        return CallError("ENGINE_RESTARTED", message, metadata={"worker": self.worker, "cause": cause})
 
     def _given_up(self, sequence: Sequence, why: str) -> CallError:
         """The engine would not run a sequence that was sent to it."""
@@ -330,4 +369,4 @@ class Engine:
         if sequence.started:
             return self._restarted(why)
         message = f"the engine of {self.model} did not take the sequence: {why}"
-        return CallError("WORKER_FULL", message, metadata={"worker": self._worker})
+        return CallError("WORKER_FULL", message, metadata={"worker": self.worker})

@@ -1,18 +1,28 @@
-"""Which models are resident here, and how they get there: fetch, load, serve, unload.
+"""Which models are resident here, and how they get there: reserve memory, fetch, load, serve, leave.
 
-Entries of the settings are resolved again and again until the modelstore knows them; a version asked
-for by rpc must exist. A load that began goes on when its caller leaves, and a second caller waits for
-the same one. Bounds: `models_max` versions at once, `resolve_backoff_max_s` between questions.
+Entries of the settings are resolved again and again until the modelstore knows them; a version asked for
+by rpc must exist. A load that began goes on when its caller leaves, and a second caller waits for the same
+one. Who leaves for whom, who waits and who is refused, `residency.py` decides; here its decisions are
+carried out. A model's files are fetched while others still leave for it; its engine starts when its
+memory is reserved, and that is given back when the engine's process is gone. Bounds: `models_max` at
+once, `evict_grace_s` for the sequences of an evicted model, `failed_keep_s` for the memory of a failure,
+`resolve_backoff_max_s` between questions.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from enum import Enum
+from dataclasses import dataclass
 
-from services.worker.front.engine import Engine, EngineState
+from services.worker.front.engine import Engine
+from services.worker.front.memory import Budget
 from services.worker.front.ports import Engines, Launch, ModelStore, ModelVersion, Weights
+from services.worker.front.refusals import leaves, not_admitted, not_on_demand, not_resident, waits_for_memory
+from services.worker.front.reservation import Reservation, in_words
+from services.worker.front.residency import Admitted, Residency
+from services.worker.front.resident import Resident, Stage
+from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import CallError
 from tokenloom.kit.logs import get_logger
 
@@ -23,66 +33,16 @@ log = get_logger(__name__)
 MakeEngine = Callable[[ModelVersion, Launch], Engine]
 
 
-class Stage(Enum):
-    """A model's life on this worker."""
+@dataclass(frozen=True, slots=True)
+class ModelBounds:
+    """The bounds of what is resident, from the settings."""
 
-    FETCHING = "fetching"
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    FAILED = "failed"
-
-
-class Resident:
-    """One version that is resident, or on its way, or failed."""
-
-    def __init__(self, version: ModelVersion, engine: Engine) -> None:
-        self.version = version
-        self.engine = engine
-        self.fetched = 0.0
-        """Share of the files that is here, 0 to 1."""
-        self.fetching = True
-        self.draining = False
-        self.failure: CallError | None = None
-        self.settled = asyncio.Event()
-        """Set when the first load succeeded or failed for good."""
-        self.loading: asyncio.Task[None] | None = None
-        self.unloading: asyncio.Task[None] | None = None
-
-    @property
-    def stage(self) -> Stage:
-        """What the load report says of it."""
-        if self.failure is not None or self.engine.state is EngineState.FAILED:
-            return Stage.FAILED
-        if self.draining:
-            return Stage.DRAINING
-        if self.fetching:
-            return Stage.FETCHING
-        return Stage.READY if self.engine.state is EngineState.READY else Stage.LOADING
-
-    @property
-    def progress(self) -> float:
-        """0 to 1 of the present stage."""
-        return self.fetched if self.fetching else self.engine.progress
-
-    @property
-    def error(self) -> CallError | None:
-        """Why it failed, when it did."""
-        return self.failure or self.engine.error
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that prompt and output may be together: the model's bound, and the cache's."""
-        ready = self.engine.ready
-        if ready is None:
-            return self.version.context_length
-        return min(ready.context_length, ready.total_blocks * ready.block_tokens)
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below this."""
-        ready = self.engine.ready
-        return self.version.vocab_size if ready is None else ready.vocab_size
+    models_max: int
+    resolve_backoff_max_s: float
+    min_dwell_s: float
+    evict_grace_s: float
+    failed_keep_s: float
+    loads_on_demand: bool = True
 
 
 class Models:
@@ -95,20 +55,36 @@ class Models:
         weights: Weights,
         engines: Engines,
         make_engine: MakeEngine,
-        models_max: int,
-        resolve_backoff_max_s: float,
+        budget_bytes: int,
+        bounds: ModelBounds,
+        clock: Clock,
         changed: Callable[[], None],
     ) -> None:
+        """`budget_bytes`: for all engines together; 0: no bound."""
+        self.bounds = bounds
         self._store = store
         self._weights = weights
         self._engines = engines
         self._make_engine = make_engine
-        self._models_max = models_max
-        self._resolve_backoff_max_s = resolve_backoff_max_s
+        self._clock = clock
         self._changed = changed
+        self._residency = Residency(
+            Budget(budget_bytes), models_max=bounds.models_max, min_dwell_s=bounds.min_dwell_s
+        )
         self._residents: dict[str, Resident] = {}
         self._wanted: dict[str, str] = {}
+        self._sole = False
         self._obtaining: list[asyncio.Task[None]] = []
+
+    @property
+    def budget_bytes(self) -> int:
+        """For all engines together; 0: no bound."""
+        return self._residency.budget.total_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What of the budget nobody has reserved, or waits for."""
+        return self._residency.unpromised_bytes
 
     def get(self, digest: str) -> Resident | None:
         """The resident of this version, in whatever stage."""
@@ -121,30 +97,32 @@ class Models:
     def start(self, entries: Iterable[str]) -> None:
         """Make the entries of the settings resident, as soon as the modelstore knows them."""
         for entry in entries:
-            self._wanted[entry] = "not asked for yet"
+            self._wanted[entry] = f"model {entry}: not asked for yet"
             self._obtaining.append(asyncio.create_task(self._obtain(entry), name=f"obtain {entry}"))
+        self._sole = len(self._obtaining) == 1
 
     def missing(self) -> str:
-        """Empty when every model is ready, else one line that names one that is not.
+        """Empty when every model of the settings is ready, else one line that names one that is not.
 
         What failed for good comes first, and begins with `failed: `.
         """
-        for resident in self._residents.values():
+        configured = [resident for resident in self._residents.values() if resident.configured]
+        for resident in configured:
             if resident.stage is Stage.FAILED:
                 return f"failed: model {resident.version.name}: {resident.error}"
-        for entry, why in self._wanted.items():
-            return f"model {entry}: {why}"
-        for resident in self._residents.values():
+        for why in sorted(self._wanted.values(), key=lambda why: not why.startswith("failed: ")):
+            return why
+        for resident in configured:
             stage = resident.stage
+            if stage is Stage.LOADING and not resident.granted.is_set():
+                return waits_for_memory(resident.version.name, self._names_leaving())
             if stage in (Stage.FETCHING, Stage.LOADING):
                 return f"model {resident.version.name} is {stage.value}, {resident.progress:.0%} done"
         return ""
 
-    async def load(self, digest: str) -> Resident:
+    async def load(self, digest: str, *, evict: bool = False) -> Resident:
         """Make a version resident and return once it can serve. Raises CallError when it cannot."""
-        resident = self._residents.get(digest)
-        if resident is None or resident.stage is Stage.FAILED:
-            resident = self._ensure(await self._store.get_version(digest))
+        resident = await self._begun(digest, evict)
         await resident.settled.wait()
         if resident.error is not None:
             raise resident.error
@@ -155,16 +133,13 @@ class Models:
         resident = self._residents.get(digest)
         if resident is None:
             raise not_resident(digest)
-        if resident.unloading is None:
-            resident.draining = True
-            self._changed()
-            name = f"unload {resident.version.name}"
-            resident.unloading = asyncio.create_task(self._unload(resident), name=name)
-        await asyncio.shield(resident.unloading)
+        if self._residency.place(digest) is not None:
+            self._residency.leave(digest)
+        await asyncio.shield(self._send_off(resident))
 
     async def close(self) -> None:
         """End every load and every engine."""
-        of_models = [task for r in self._residents.values() for task in (r.loading, r.unloading)]
+        of_models = [task for r in self._residents.values() for task in (r.life, r.leaving)]
         tasks = [task for task in (*self._obtaining, *of_models) if task is not None]
         for task in tasks:
             task.cancel()
@@ -172,52 +147,101 @@ class Models:
         await asyncio.gather(*(r.engine.stop() for r in self._residents.values()))
         self._residents.clear()
 
+    async def _begun(self, digest: str, evict: bool) -> Resident:
+        """The version's load, begun by this call or before."""
+        version: ModelVersion | None = None
+        while True:
+            known = self._residents.get(digest)
+            if known is not None and known.leaving is not None:
+                await asyncio.wait({known.leaving})
+            elif known is not None and known.stage is not Stage.FAILED:
+                return known
+            elif known is not None and not known.released.is_set():
+                await known.released.wait()
+            elif version is not None:
+                return self._begin(version, evict=evict)
+            elif not self.bounds.loads_on_demand:
+                raise not_on_demand(digest)
+            else:
+                version = await self._store.get_version(digest)
+
     async def _obtain(self, entry: str) -> None:
-        pause_s = RESOLVE_BACKOFF_FIRST_S
+        pause_s, said = RESOLVE_BACKOFF_FIRST_S, ""
         while True:
             try:
-                self._ensure(await self._store.resolve(entry))
+                version = await self._store.resolve(entry)
+                known = self._residents.get(version.digest)
+                if known is None:
+                    self._begin(version, configured=True)
+                else:
+                    known.configured = True
             except CallError as error:
-                if self._wanted[entry] != error.message:
-                    log.warning(
-                        "model not to be had yet", model=entry, reason=error.reason, why=error.message
-                    )
-                self._wanted[entry] = error.message
+                hopeless = "failed: " if error.reason == "MODEL_TOO_LARGE" else ""
+                self._wanted[entry] = f"{hopeless}model {entry}: {error.message}"
+                if said != error.message:
+                    said = error.message
+                    log.warning("model not to be had yet", model=entry, reason=error.reason, why=said)
+                    self._changed()
                 await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, self._resolve_backoff_max_s)
+                pause_s = min(2 * pause_s, self.bounds.resolve_backoff_max_s)
             else:
                 del self._wanted[entry]
                 self._changed()
                 return
 
-    def _ensure(self, version: ModelVersion) -> Resident:
-        known = self._residents.get(version.digest)
-        if known is not None and known.stage is not Stage.FAILED:
-            return known
-        if known is None and len(self._residents) >= self._models_max:
-            why = f"this worker already holds models_max ({self._models_max}) models: unload one first"
-            raise CallError("MODEL_TOO_LARGE", why, metadata={"available_bytes": "0"})
-        engine = self._make_engine(version, self._engines.launcher(version))
-        resident = Resident(version, engine)
+    def _begin(self, version: ModelVersion, *, evict: bool = False, configured: bool = False) -> Resident:
+        """Reserve memory for a version, or a place among those who wait for it. Raises CallError."""
+        reservation = self._engines.reserve(version, self.budget_bytes, whole=configured and self._sole)
+        answer = self._admit(version, reservation, evict)
+        self._forget(version.digest)
+        engine = self._make_engine(version, self._engines.launcher(version, reservation))
+        dwell_s = self.bounds.min_dwell_s
+        resident = Resident(version, engine, reservation, min_dwell_s=dwell_s, configured=configured)
         self._residents[version.digest] = resident
-        resident.loading = asyncio.create_task(self._load(resident), name=f"load {version.name}")
+        for victim in (*answer.evict, *answer.hurry):
+            self._residents[victim].hurried.set()
+            self._send_off(self._residents[victim])
+        if answer.held:
+            resident.granted.set()
+        resident.life = asyncio.create_task(self._live(resident), name=f"load {version.name}")
         self._changed()
         return resident
 
-    async def _load(self, resident: Resident) -> None:
+    def _admit(self, version: ModelVersion, reservation: Reservation, evict: bool) -> Admitted:
+        """Raises MODEL_TOO_LARGE or MODEL_MEMORY_BUSY."""
+        bounds = self.bounds
+        answer = self._residency.ask(
+            version.digest,
+            reservation.total_bytes,
+            evict=evict,
+            now_s=self._clock.monotonic(),
+            use_of=lambda other: self._residents[other].use,
+        )
+        if not isinstance(answer, Admitted):
+            most, dwell_s = bounds.models_max, bounds.min_dwell_s
+            raise not_admitted(
+                version, reservation, answer, evict=evict, models_max=most, min_dwell_s=dwell_s
+            )
+        log.info(
+            "model is to be loaded",
+            model=version.name,
+            version=version.digest,
+            reserves=in_words(reservation.total_bytes),
+            of_which=str(reservation),
+            left=in_words(self.free_bytes),
+            evicts=[self._residents[victim].version.name for victim in answer.evict],
+        )
+        return answer
+
+    async def _live(self, resident: Resident) -> None:
+        """From the first byte until it fails for good; who sends it off ends this."""
         version = resident.version
-        log.info("loading model", model=version.name, version=version.digest)
-
-        def progress(fraction: float) -> None:
-            resident.fetched = fraction
-            self._changed()
-
         try:
-            folder = await self._weights.folder(version, progress)
-            resident.fetching = False
-            resident.engine.start(folder)
-            await resident.engine.wait_ready()
+            await self._bring(resident)
             log.info("model ready", model=version.name, version=version.digest)
+            resident.settled.set()
+            self._changed()
+            await resident.engine.given_up()
         except CallError as error:
             resident.failure = error
             if resident.fetching:
@@ -227,24 +251,90 @@ class Models:
             resident.failure = CallError("MODEL_LOAD_FAILED", why, metadata={"model": version.name})
             log.error("model failed", model=version.name, error=why)
         except asyncio.CancelledError:
-            resident.failure = not_resident(version.digest)
+            if not resident.settled.is_set():
+                resident.failure = not_resident(version.digest)
             raise
         finally:
             resident.settled.set()
+        await resident.engine.stop()
+        self._release(resident)
+        self._bound_failures()
+        if not resident.configured:
+            await asyncio.sleep(self.bounds.failed_keep_s)
+            if self._residents.get(version.digest) is resident:
+                del self._residents[version.digest]
+                self._changed()
+
+    async def _bring(self, resident: Resident) -> None:
+        """Files, memory, engine. Raises CallError or OSError."""
+
+        def progress(fraction: float) -> None:
+            resident.fetched = fraction
             self._changed()
 
-    async def _unload(self, resident: Resident) -> None:
-        if resident.loading is not None and not resident.settled.is_set():
-            resident.loading.cancel()
-        await resident.engine.idle()
+        folder = await self._weights.folder(resident.version, progress)
+        resident.fetching = False
+        self._changed()
+        await resident.granted.wait()
+        resident.engine.start(folder)
+        await resident.engine.wait_ready()
+
+    def _send_off(self, resident: Resident) -> asyncio.Task[None]:
+        """It takes no new sequences and goes when the present ones have ended."""
+        if resident.leaving is None:
+            resident.draining = True
+            name = f"unload {resident.version.name}"
+            resident.leaving = asyncio.create_task(self._leave(resident), name=name)
+            self._changed()
+        return resident.leaving
+
+    async def _leave(self, resident: Resident) -> None:
+        if resident.life is not None:
+            resident.life.cancel()
+            await asyncio.wait({resident.life})
+        await self._drain(resident)
         await resident.engine.stop()
         if self._residents.get(resident.version.digest) is resident:
             del self._residents[resident.version.digest]
         log.info("model unloaded", model=resident.version.name, version=resident.version.digest)
+        self._release(resident)
+
+    async def _drain(self, resident: Resident) -> None:
+        """Until its sequences have ended: as long as they take, or, when others wait, for a grace."""
+        engine = resident.engine
+        ended = asyncio.create_task(engine.idle())
+        hurried = asyncio.create_task(resident.hurried.wait())
+        error = leaves(resident.version.name, engine.worker)
+        try:
+            await asyncio.wait({ended, hurried}, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                engine.hand_back(error, waiting_only=True)
+                await asyncio.wait({ended}, timeout=self.bounds.evict_grace_s)
+            if not ended.done():
+                count = engine.hand_back(error)
+                log.info("sequences handed back", model=resident.version.name, count=count)
+        finally:
+            ended.cancel()
+            hurried.cancel()
+
+    def _release(self, resident: Resident) -> None:
+        """Its process is gone: its memory is for those who wait."""
+        if not resident.released.is_set():
+            resident.released.set()
+            for digest in self._residency.gone(resident.version.digest):
+                self._residents[digest].granted.set()
         self._changed()
 
+    def _forget(self, digest: str) -> None:
+        """A failure makes way for another try."""
+        known = self._residents.pop(digest, None)
+        if known is not None and known.life is not None:
+            known.life.cancel()
 
-def not_resident(digest: str) -> CallError:
-    """The refusal for a version that this worker does not have."""
-    shown = digest[:80]
-    return CallError("MODEL_NOT_FOUND", f"model {shown!r} is not resident here", metadata={"model": shown})
+    def _bound_failures(self) -> None:
+        failed = [r for r in self._residents.values() if r.released.is_set() and not r.configured]
+        for resident in failed[: -self.bounds.models_max]:
+            self._forget(resident.version.digest)
+
+    def _names_leaving(self) -> list[str]:
+        return [r.version.name for r in self._residents.values() if r.stage is Stage.DRAINING]

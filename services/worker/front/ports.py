@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.worker.front.reservation import Reservation
 from services.worker.protocol import Command, Event
 
 
@@ -33,7 +34,24 @@ class ModelVersion:
     context_length: int
     vocab_size: int
     kv_bytes_per_token: int = 0
+    """Over all layers, at `dtype`."""
     files: tuple[FileRef, ...] = ()
+    model_type: str = ""
+    """transformers' name of the family."""
+    dtype: str = ""
+    """Of the stored weights."""
+    weight_bytes: int = 0
+    """Of the stored weights; 0: not stated."""
+    hidden_size: int = 0
+    """Of the model's configuration; 0: not known."""
+    tied: bool = True
+    """Whether the head is the embedding; assumed where it is not known."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """The weights as they are stored; by the files where the manifest states nothing."""
+        files = (file.size_bytes for file in self.files if file.path.endswith(".safetensors"))
+        return self.weight_bytes or sum(files)
 
 
 class ModelStore(Protocol):
@@ -87,8 +105,15 @@ class Launch(Protocol):
 
 
 class Engines(Protocol):
-    """Makes the launcher for one model version."""
+    """Knows the engines of this worker: what one takes, and how it is started."""
 
-    def launcher(self, version: ModelVersion) -> Launch:
-        """How to start this version's engine."""
+    def reserve(self, version: ModelVersion, budget_bytes: int, *, whole: bool) -> Reservation:
+        """What this version's engine may take out of a budget for all engines (0: no bound).
+
+        `whole`: it is the only model of the settings.
+        """
+        ...
+
+    def launcher(self, version: ModelVersion, reservation: Reservation) -> Launch:
+        """How to start this version's engine so that it keeps to its reservation."""
         ...

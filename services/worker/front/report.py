@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
+from math import ceil
 
 from loom.inference.v1 import inference_pb2
 from loom.worker.v1 import worker_pb2 as pb
 
-from services.worker.front.models import Resident, Stage
 from services.worker.front.prefixes import PrefixNews
 from services.worker.front.publisher import Published
+from services.worker.front.resident import Resident, Stage
 from services.worker.front.sequence import Sequence
 from services.worker.front.served import Served
 
@@ -48,6 +49,9 @@ def resident_model(resident: Resident) -> pb.ResidentModel:
         cached_blocks=load.cached_blocks,
         prefix_queried_tokens=engine.tally.prompt_tokens,
         prefix_hit_tokens=engine.tally.cached_tokens,
+        memory_bytes=resident.reserved_bytes,
+        dwell_left_ms=ceil(1000 * resident.dwell_left_s),
+        idle_ms=int(1000 * resident.idle_s),
     )
     if (error := resident.error) is not None:
         message.error = " ".join(error.message.split())
@@ -55,7 +59,6 @@ def resident_model(resident: Resident) -> pb.ResidentModel:
         message.block_tokens = engine.ready.block_tokens
         message.total_blocks = engine.ready.total_blocks
         message.sequences_max = engine.ready.sequences_max
-        message.memory_bytes = engine.ready.memory_bytes
         message.step_tokens_max = engine.ready.step_tokens_max
     if resident.stage is Stage.READY:
         message.free_sequences = admission.free_sequences()
@@ -115,9 +118,18 @@ def _tell(model: pb.ResidentModel, prefix: PrefixNews | None, served: Iterable[S
 class ReportBuilder:
     """Makes the reports of one boot, numbered from 1."""
 
-    def __init__(self, boot_id: str, free_memory_bytes: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        boot_id: str,
+        free_memory_bytes: Callable[[], int],
+        *,
+        memory_budget_bytes: int = 0,
+        loads_on_demand: bool = False,
+    ) -> None:
         self.boot_id = boot_id
         self._free_memory_bytes = free_memory_bytes
+        self._memory_budget_bytes = memory_budget_bytes
+        self._loads_on_demand = loads_on_demand
         self._sequence = 0
         self._served_due_ms = 0
 
@@ -141,6 +153,8 @@ class ReportBuilder:
             active_request_ids=islice(ids, ACTIVE_IDS_MAX),
             free_memory_bytes=self._free_memory_bytes(),
             unix_ms=unix_ms,
+            memory_budget_bytes=self._memory_budget_bytes,
+            loads_on_demand=self._loads_on_demand,
         )
         served_due = self._served_due(unix_ms)
         if served_due:

@@ -11,8 +11,10 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from services.worker.front.admission import Offer
-from services.worker.front.models import Models, Resident, Stage, not_resident
+from services.worker.front.models import Models
+from services.worker.front.refusals import not_resident
 from services.worker.front.report import Report, ReportBuilder
+from services.worker.front.resident import Resident, Stage
 from services.worker.front.sequence import Sequence
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import CallError

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from services.worker.front.ports import EngineLink, ModelVersion
+from services.worker.front.reservation import Reservation
 from services.worker.protocol import Cancel, Command, Event, Output, Shutdown, Submit
 from services.worker.sim.config import SimConfig
 from services.worker.sim.engine import SimEngine
@@ -30,7 +31,11 @@ class InlineEngines:
     def __init__(self, config: Callable[[ModelVersion], SimConfig]) -> None:
         self._config = config
 
-    def launcher(self, version: ModelVersion) -> InlineLaunch:
+    def reserve(self, version: ModelVersion, budget_bytes: int, *, whole: bool) -> Reservation:
+        """Nothing: it has neither a process nor weights."""
+        return Reservation()
+
+    def launcher(self, version: ModelVersion, reservation: Reservation) -> InlineLaunch:
         """How to start this version's engine."""
         return InlineLaunch(self._config(version))
 

@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 from pydantic import Field, field_validator
 
 from services.worker.adapters.engines import SimEngines
+from services.worker.adapters.memory import Device
 from services.worker.adapters.weights import NoWeights
-from services.worker.app import WorkerApp
-from services.worker.front.models import Models
+from services.worker.app import Ports, WorkerApp
 from services.worker.front.ports import ModelVersion
 from services.worker.settings import WorkerSettings
 from services.worker.sim.inline import InlineEngines
@@ -79,17 +79,9 @@ class SwarmWorker(WorkerApp):
         super().__init__(settings.model_copy(update=update), CollectorRegistry())
         self._version = settings.swarm_version
 
-    def _make_models(self) -> Models:
-        settings = self._settings
-        return Models(
-            store=OneVersion(self._version),
-            weights=NoWeights(),
-            engines=InlineEngines(SimEngines(settings).config),
-            make_engine=self._make_engine,
-            models_max=settings.models_max,
-            resolve_backoff_max_s=settings.resolve_backoff_max_s,
-            changed=self._changed,
-        )
+    def _ports(self, device: Device) -> Ports:
+        engines = InlineEngines(SimEngines(self._settings).config)
+        return OneVersion(self._version), NoWeights(), engines
 
 
 class Swarm:

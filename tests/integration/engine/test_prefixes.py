@@ -11,11 +11,12 @@ import pytest
 from loom.worker.v1 import worker_pb2
 
 from services.worker.adapters.engines import TorchEngines
+from services.worker.adapters.memory import Device
 from services.worker.front.admission import Admission
 from services.worker.front.engine import Engine, EngineBounds
-from services.worker.front.models import Resident
 from services.worker.front.ports import ModelVersion
 from services.worker.front.report import ReportBuilder
+from services.worker.front.resident import Resident
 from services.worker.front.sequence import Sequence
 from services.worker.protocol import Sampling, Submit
 from services.worker.settings import WorkerSettings
@@ -38,7 +39,8 @@ def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def resident(folder: Path, **settings: object) -> AsyncIterator[Resident]:
     """A front's model on the engine process that a worker of these settings starts."""
     values = {"device": "cpu", "dtype": "float32", "threads": 1, "kv_cache_bytes": 64 << 20, **settings}
-    launch = TorchEngines(WorkerSettings(name="worker", **values)).launcher(VERSION)  # type: ignore[arg-type]
+    engines = TorchEngines(WorkerSettings(name="worker", **values), Device("cpu", 0))  # type: ignore[arg-type]
+    launch = engines.launcher(VERSION, engines.reserve(VERSION, 0, whole=False))
     engine = Engine(
         model=VERSION.name,
         worker="127.0.0.1:9100",

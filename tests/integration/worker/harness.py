@@ -23,6 +23,7 @@ from tokenloom.kit.errors import CallError, from_rpc_error
 from tokenloom.kit.server import Call, GrpcServer
 
 STORE_SERVICE = modelstore_pb2.DESCRIPTOR.services_by_name["ModelStoreService"]
+LOAD_S_MAX = 120
 VERSION = f"sha256:{'a' * 64}"
 
 
@@ -40,7 +41,9 @@ class FakeModelStore:
     serve: Callable[[str, int, int], bytes | Exception] | None = None
     """Stands in for the bytes of (digest, offset, how many fetches there were before)."""
 
-    def add_sim(self, name: str = "sim", version: str = VERSION, context_length: int = 8192) -> None:
+    def add_sim(
+        self, name: str = "sim", version: str = VERSION, context_length: int = 8192, weight_bytes: int = 0
+    ) -> None:
         manifest = modelstore_pb2.Manifest(
             name=name,
             architecture="Sim",
@@ -48,6 +51,7 @@ class FakeModelStore:
             context_length=context_length,
             vocab_size=512,
             kv_bytes_per_token=1024,
+            weight_bytes=weight_bytes,
         )
         self.models[name] = modelstore_pb2.Version(digest=version, manifest=manifest)
 
@@ -123,6 +127,19 @@ class Client:
     async def messages(self, request: worker_pb2.GenerateRequest, **options: Any) -> list[Any]:
         try:
             return [message async for message in self.start(request, **options)]
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    async def load(self, version: str, *, evict: bool = False) -> worker_pb2.ResidentModel:
+        try:
+            request = worker_pb2.LoadModelRequest(version=version, evict=evict)
+            return (await self.stub.LoadModel(request, timeout=LOAD_S_MAX)).model
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    async def unload(self, version: str) -> None:
+        try:
+            await self.stub.UnloadModel(worker_pb2.UnloadModelRequest(version=version), timeout=LOAD_S_MAX)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
 

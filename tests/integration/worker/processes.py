@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def engines_of(front_pid: int | None = None) -> list[int]:
+def engines_of(front_pid: int | None = None, kind: str = "services.worker.sim") -> list[int]:
     """Process ids of the engines that a front (default: this process) started and that still run."""
     found = []
     for task in Path(f"/proc/{front_pid or os.getpid()}/task").iterdir():
         for pid in (task / "children").read_text().split():
             command = _read(f"/proc/{pid}/cmdline")
-            if "services.worker.sim" in command:
+            if kind in command:
                 found.append(int(pid))
     return found
 
@@ -27,6 +27,12 @@ def is_running(pid: int) -> bool:
 def libraries_of(pid: int) -> str:
     """Every file that a process has mapped."""
     return _read(f"/proc/{pid}/maps")
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of its proportional set: shared pages counted by the share; 0 for a process that is gone."""
+    lines = _read(f"/proc/{pid}/smaps_rollup").splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:

@@ -152,13 +152,13 @@ async def test_call_deadline_frees_the_slot() -> None:
 async def test_drain_refuses_new_and_lets_the_running_end() -> None:
     async with run_worker(sim_step_ms=5) as worker:
         call = worker.client.start(worker.client.request(max_new_tokens=100))
-        await call.read()
+        first = await call.read()
         drain = worker.client.stub.Drain(worker_pb2.DrainRequest(grace_ms=20_000))
         await worker.client.report_when(lambda r: r.draining)
         with pytest.raises(CallError) as refused:
             await worker.client.tokens(worker.client.request("late"))
         assert (refused.value.reason, refused.value.code) == ("DRAINING", grpc.StatusCode.UNAVAILABLE)
-        tokens = 1 + sum(len(m.tokens.token_ids) for m in await read(call))
+        tokens = sum(len(m.tokens.token_ids) for m in [first, *await read(call)])
         assert tokens == 100
         assert (await drain).remaining == 0
 

@@ -26,25 +26,18 @@ from tests.integration.worker.harness import (
 )
 from tests.integration.worker.processes import engines_of, is_running, until
 from tokenloom.kit.channels import open_channel
-from tokenloom.kit.errors import CallError, from_rpc_error
+from tokenloom.kit.errors import CallError
 
 OTHER = f"sha256:{'c' * 64}"
 DATA = bytes(range(256)) * 40
 
 
 async def load(worker: Running, version: str) -> worker_pb2.ResidentModel:
-    try:
-        request = worker_pb2.LoadModelRequest(version=version)
-        return (await worker.client.stub.LoadModel(request, timeout=20)).model
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+    return await worker.client.load(version)
 
 
 async def unload(worker: Running, version: str) -> None:
-    try:
-        await worker.client.stub.UnloadModel(worker_pb2.UnloadModelRequest(version=version), timeout=20)
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+    await worker.client.unload(version)
 
 
 async def test_model_of_the_settings_is_awaited_until_the_store_has_it() -> None:
@@ -109,13 +102,12 @@ async def test_model_is_loaded_and_unloaded_by_rpc() -> None:
 async def test_unload_lets_the_running_sequence_end_and_takes_no_new_one() -> None:
     async with run_worker(sim_step_ms=5) as worker:
         call = worker.client.start(worker.client.request(max_new_tokens=60))
-        await call.read()
+        count = len((await call.read()).tokens.token_ids)
         unloading = asyncio.create_task(unload(worker, VERSION))
         await worker.client.report_when(lambda r: r.models[0].state == worker_pb2.MODEL_STATE_DRAINING)
         with pytest.raises(CallError) as refused:
             await worker.client.tokens(worker.client.request("late"))
         assert refused.value.reason == "WORKER_FULL"
-        count = 1
         while (message := await call.read()) is not grpc.aio.EOF:
             count += len(message.tokens.token_ids)
         assert count == 60
@@ -135,9 +127,10 @@ async def test_models_max_bounds_what_is_resident() -> None:
     store.add_sim()
     store.add_sim("other", OTHER)
     async with run_worker(store, models_max=1) as worker:
-        with pytest.raises(CallError, match="unload one first") as full:
+        with pytest.raises(CallError, match="unload a model first") as full:
             await load(worker, OTHER)
-        assert full.value.reason == "MODEL_TOO_LARGE"
+        assert full.value.reason == "MODEL_MEMORY_BUSY"
+        assert full.value.retry_after_s is not None
 
 
 async def test_engine_that_cannot_load_fails_the_model_with_one_line(tmp_path: Path) -> None:

@@ -3,77 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
-from services.worker.front.models import Models, Resident, Stage
-from services.worker.front.ports import ModelVersion
-from tests.unit.worker_front.fakes import READY, FakeLaunch, make_engine, make_sequence, until
+from services.worker.front.resident import Stage
+from tests.unit.worker_front.fakes import READY, make_sequence, until
+from tests.unit.worker_front.world import World, version
 from tokenloom.kit.errors import CallError
 
-A, B = (ModelVersion(f"sha256:{letter * 64}", letter, 1000, 512) for letter in "ab")
-
-
-class World:
-    """A store, weights and engines, all in the test's hand."""
-
-    def __init__(self, models_max: int = 2) -> None:
-        self.known = {"a": A, "b": B}
-        self.weights_error: CallError | OSError | None = None
-        self.may_fetch = asyncio.Event()
-        self.may_fetch.set()
-        self.launch = FakeLaunch()
-        self.models = Models(
-            store=self,
-            weights=self,
-            engines=self,
-            make_engine=lambda version, launch: make_engine(self.launch),
-            models_max=models_max,
-            resolve_backoff_max_s=0.01,
-            changed=lambda: None,
-        )
-
-    async def resolve(self, model: str) -> ModelVersion:
-        if model not in self.known:
-            raise CallError("MODEL_NOT_FOUND", f"no model {model}")
-        return self.known[model]
-
-    async def get_version(self, digest: str) -> ModelVersion:
-        for version in self.known.values():
-            if version.digest == digest:
-                return version
-        raise CallError("MODEL_NOT_FOUND", f"no version {digest}")
-
-    async def folder(self, version: ModelVersion, progress: Callable[[float], None]) -> str:
-        progress(0.5)
-        await self.may_fetch.wait()
-        if self.weights_error is not None:
-            raise self.weights_error
-        return "/folder"
-
-    def launcher(self, version: ModelVersion) -> FakeLaunch:
-        return self.launch
-
-    async def load(self, version: ModelVersion) -> Resident:
-        loading = asyncio.create_task(self.models.load(version.digest))
-        (await self.launch.next()).say(READY)
-        return await loading
-
-    async def close(self) -> None:
-        closing = asyncio.create_task(self.models.close())
-        while not closing.done():
-            await asyncio.sleep(0)
-            for resident in self.models.all():
-                if resident.engine._link is not None:
-                    resident.engine._link.kill()
-        await closing
+A, B = (version(letter) for letter in "ab")
 
 
 async def test_model_passes_through_its_stages() -> None:
     world = World()
     world.may_fetch.clear()
-    loading = asyncio.create_task(world.models.load(A.digest))
+    world.models.start(["a"])
     await until(lambda: (known := world.models.get(A.digest)) is not None and known.progress > 0)
     [resident] = world.models.all()
     assert (resident.stage, resident.progress) == (Stage.FETCHING, 0.5)
@@ -81,8 +25,9 @@ async def test_model_passes_through_its_stages() -> None:
     world.may_fetch.set()
     link = await world.launch.next()
     assert resident.stage is Stage.LOADING
+    assert world.models.missing() == "model a is loading, 0% done"
     link.say(READY)
-    assert (await loading).stage is Stage.READY
+    assert resident.stage is Stage.READY
     assert world.models.missing() == ""
     await world.close()
 
@@ -126,7 +71,7 @@ async def test_failed_fetch_fails_the_model_until_it_is_loaded_again(
     resident = world.models.get(A.digest)
     assert resident is not None
     assert resident.stage is Stage.FAILED
-    assert world.models.missing().startswith("failed: model ")
+    assert world.models.missing() == "", "a load by command says nothing about the worker"
     world.weights_error = None
     assert (await world.load(A)).stage is Stage.READY
     await world.close()
@@ -157,9 +102,13 @@ async def test_two_names_of_one_version_share_an_engine() -> None:
 async def test_models_max_is_kept() -> None:
     world = World(models_max=1)
     await world.load(A)
-    with pytest.raises(CallError, match="models_max") as full:
+    with pytest.raises(CallError) as full:
         await world.models.load(B.digest)
-    assert full.value.reason == "MODEL_TOO_LARGE"
+    assert full.value.reason == "MODEL_MEMORY_BUSY"
+    assert full.value.message == (
+        "this worker holds models_max (1) models, so b has no place: unload a model first, or load this one "
+        "with evict"
+    )
     await world.close()
 
 
@@ -193,3 +142,26 @@ async def test_unload_ends_a_load_that_is_on_its_way() -> None:
     with pytest.raises(CallError) as ended:
         await loading
     assert ended.value.reason == "MODEL_NOT_FOUND"
+
+
+async def test_configured_model_that_failed_for_good_is_named_first_and_stays() -> None:
+    world = World(failed_keep_s=0)
+    world.weights_error = CallError("DIGEST_MISMATCH", "wrong bytes")
+    world.models.start(["none", "a"])
+    await until(lambda: world.models.missing() == "failed: model a: wrong bytes")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert world.models.missing() == "failed: model a: wrong bytes"
+    await world.close()
+
+
+async def test_worker_without_configured_models_is_ready_whatever_it_loads() -> None:
+    world = World()
+    world.models.start([])
+    assert world.models.missing() == ""
+    world.may_fetch.clear()
+    loading = asyncio.create_task(world.models.load(A.digest))
+    await until(lambda: world.models.get(A.digest) is not None)
+    assert world.models.missing() == ""
+    loading.cancel()
+    await world.close()

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from loom.worker.v1 import worker_pb2 as pb
 
 from services.worker.front.engine import Engine
-from services.worker.front.models import Resident
 from services.worker.front.ports import ModelVersion
 from services.worker.front.prefixes import Prefixes
 from services.worker.front.publisher import Published, Publisher
 from services.worker.front.report import Report, ReportBuilder
+from services.worker.front.resident import Resident
 from services.worker.protocol import Sampling, Step, Submit, decode_event, encode
 from services.worker.sim.config import SimConfig
 from services.worker.sim.engine import SimEngine

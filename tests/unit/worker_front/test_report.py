@@ -5,16 +5,19 @@ from __future__ import annotations
 import msgspec
 from loom.worker.v1 import worker_pb2 as pb
 
-from services.worker.front.models import Resident
 from services.worker.front.ports import ModelVersion
 from services.worker.front.report import SERVED_EVERY_MS, Report, ReportBuilder
+from services.worker.front.reservation import Reservation
+from services.worker.front.resident import Resident
 from services.worker.front.sequence import Sequence
 from services.worker.front.served import PAIRS_MAX
 from services.worker.protocol import Load, Output
 from tests.unit.worker_front.fakes import READY, FakeLaunch, load, make_engine, make_sequence, step
 from tokenloom.contract.prefix import WIRE_STRIDE
+from tokenloom.kit.clock import FakeClock
 from tokenloom.kit.errors import CallError
 
+CLOCK = FakeClock()
 VERSION = ModelVersion(f"sha256:{'a' * 64}", "m", 1000, 512)
 
 
@@ -29,7 +32,8 @@ def cached() -> Resident:
 
 
 def resident(*, ready: bool = True) -> Resident:
-    made = Resident(VERSION, make_engine(FakeLaunch()))
+    made = Resident(VERSION, make_engine(FakeLaunch(), clock=CLOCK), Reservation(123), min_dwell_s=100)
+    made.granted.set()
     made.fetching = False
     if ready:
         made.engine._on_event(READY)
@@ -67,6 +71,33 @@ def test_report_tells_what_the_next_arrival_may_use() -> None:
     assert (said.free_sequences, said.sequences_max, said.running) == (1, 2, 1)
     assert (said.free_blocks, said.total_blocks, said.block_tokens) == (38, 40, 16)
     assert said.memory_bytes == 123
+
+
+def test_report_tells_memory_dwell_and_idleness() -> None:
+    model = resident()
+    builder = ReportBuilder("boot", lambda: 7, memory_budget_bytes=130, loads_on_demand=True)
+    report = build(builder, residents=[model]).message.report
+    assert (report.free_memory_bytes, report.memory_budget_bytes, report.loads_on_demand) == (7, 130, True)
+    assert (report.models[0].dwell_left_ms, report.models[0].idle_ms) == (100_000, 0)
+    CLOCK.advance(30)
+    [said] = build(builder, residents=[model]).message.report.models
+    assert (said.dwell_left_ms, said.idle_ms) == (70_000, 30_000)
+    sequence = make_sequence()
+    model.engine.admission.offer(sequence)
+    CLOCK.advance(100)
+    [said] = build(builder, residents=[model]).message.report.models
+    assert (said.dwell_left_ms, said.idle_ms) == (0, 0)
+    model.engine.cancel(sequence)
+    CLOCK.advance(2)
+    assert build(builder, residents=[model]).message.report.models[0].idle_ms == 2_000
+
+
+def test_memory_that_a_model_waits_for_or_gave_back_is_not_reported_as_its_own() -> None:
+    waits, left = resident(ready=False), resident()
+    waits.granted.clear()
+    left.released.set()
+    said = build(ReportBuilder("boot", lambda: 0), residents=[waits, left]).message.report.models
+    assert [model.memory_bytes for model in said] == [0, 0]
 
 
 def test_report_tells_what_the_prefix_cache_holds_and_found() -> None:

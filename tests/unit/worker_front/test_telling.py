@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from services.worker.adapters import spans
 from services.worker.adapters.memory import available_bytes
 from services.worker.adapters.orca import orca_report
-from services.worker.front.models import Resident
 from services.worker.front.ports import ModelVersion
+from services.worker.front.resident import Resident
 from services.worker.front.sequence import Sequence
 from services.worker.front.tally import BOUNDS_S, Tally
 from services.worker.metrics import StateCollector, WorkerMetrics
