@@ -182,9 +182,11 @@ class Planner:
         want = self.residency.wants.get(pool.model)
         if pool.hopeful:
             return pool.unready_since, self._limits.loading_hold_s
-        if want is not None and want.plausible:
+        if want is None:
+            return pool.hopeless_since, self._limits.no_worker_hold_s
+        if want.plausible:
             return want.since, self._limits.loading_hold_s
-        return pool.hopeless_since, self._limits.no_worker_hold_s
+        return max(pool.hopeless_since, want.hopeful_at), self._limits.no_worker_hold_s
 
     def watch_over(self, queue: ModelQueue, now: float) -> None:
         """While no worker serves a model, a timer refuses those who waited long enough for one."""

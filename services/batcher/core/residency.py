@@ -53,7 +53,8 @@ class Want:
     """A model that somebody waits for and that nobody has, and what workers said about loading it."""
 
     __slots__ = (
-        "endpoint", "looked_at", "model", "model_bytes", "refusal", "since", "timed", "verdicts", "waits_for",
+        "endpoint", "hopeful_at", "looked_at", "model", "model_bytes", "refusal", "since", "timed",
+        "verdicts", "waits_for",
     )  # fmt: skip
 
     def __init__(self, model: str, model_bytes: int, now: float) -> None:
@@ -67,6 +68,8 @@ class Want:
         """Whose memory is waited for."""
         self.refusal: Verdict | None = None
         """What all who could have loaded it agreed on at the latest look."""
+        self.hopeful_at = -inf
+        """When somebody was last loading it, or was going to."""
         self.looked_at = -inf
         self.timed = False
         """A timer looks again."""
@@ -152,6 +155,8 @@ class Residency:
             return LoadModel(chosen, want.model)
         want.waits_for = chosen or want.waits_for
         want.refusal = final if not want.waits_for else None
+        if want.waits_for:
+            want.hopeful_at = now
         return None
 
     def ended(self, endpoint: str, model: str, verdict: Verdict | None, now: float) -> Want | None:
@@ -159,7 +164,7 @@ class Residency:
         want = self.wants.get(model)
         if want is None or want.endpoint != endpoint:
             return None
-        want.endpoint = ""
+        want.endpoint, want.hopeful_at = "", now
         if verdict is None:
             # Its report says so too, or will before the next look.
             want.looked_at = now

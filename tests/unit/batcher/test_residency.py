@@ -138,6 +138,19 @@ def test_a_short_wait_for_memory_beats_a_dear_eviction():
     assert shop.asked() == []
 
 
+def test_a_worker_that_is_silent_for_a_moment_ends_nobodys_wait():
+    shop = Shop(loading_hold_s=600.0, hold_max_s=600.0, no_worker_hold_s=5.0)
+    busy = resident(memory=3 * GIB, dwell=1_000.0)
+    shop.worker("w1", busy)
+    shop.want("a")
+    shop.beat(60, "w1", models=[busy])
+    shop.wait(4)
+    shop.beat(60, "w1", models=[busy])
+    assert shop.refused() == []
+    shop.wait(6)
+    assert shop.refused() == [("a", "NO_CAPACITY")]
+
+
 def test_who_waits_for_memory_is_refused_in_words_in_the_end():
     shop = Shop(loading_hold_s=30.0, hold_max_s=600.0)
     busy = resident(memory=3 * GIB, dwell=1_000.0)
