@@ -62,6 +62,8 @@ def main() -> None:
         "chunk_bytes": options.chunk_bytes,
         "cpus": os.cpu_count(),
         "load_before": bench.load,
+        "network_mb_per_s": options.network_mb_per_s,
+        "cpu_s": bench.cpu_s,
         "mb_per_s": [{name: round(options.bytes / s / 1e6, 1) for name, s in r.items()} for r in rounds],
         "shares": [round(max(r["dd"], r["http"]) / r["fetch"], 3) for r in rounds],
         "shares_of_http_fsync": [round(r["http+fsync"] / r["fetch"], 3) for r in rounds],
@@ -79,6 +81,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--files", type=int, default=4)
     parser.add_argument("--streams", type=int, default=4, help="of the cache and of the plain client")
     parser.add_argument("--chunk-bytes", type=int, default=0, help="of FetchBlob; 0: the modelstore's own")
+    parser.add_argument(
+        "--network-mb-per-s", type=float, default=0, help="as slow a network between all; 0: loopback"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", type=Path, default=ROOT / "build" / "bench", help="on the disk to measure")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -98,8 +103,12 @@ class _Bench:
         self._blobs.mkdir(parents=True)
         self._files = _make_files(self._blobs, options.files, options.bytes)
         self._version = _make_manifest(self._store, self._files)
-        self._http = stack.enter_context(_static_server(self._blobs))
-        port = stack.enter_context(_modelstore(self._store, options.chunk_bytes))
+        self._http = stack.enter_context(_tool("bench_fetch_http", str(self._blobs)))
+        port, self._server = stack.enter_context(_modelstore(self._store, options.chunk_bytes))
+        if options.network_mb_per_s:
+            rate = str(options.network_mb_per_s * 1e6)
+            self._http = stack.enter_context(_tool("bench_fetch_net", str(self._http), rate))
+            port = stack.enter_context(_tool("bench_fetch_net", str(port), rate))
         settings = {
             "TOKENLOOM_WORKER_MODELSTORE_TARGET": f"127.0.0.1:{port}",
             "TOKENLOOM_WORKER_CACHE_DIR": str(self._target / "cache"),
@@ -109,6 +118,8 @@ class _Bench:
         direct = {"TOKENLOOM_WORKER_STORE_DIR": str(self._store)}
         self._direct = stack.enter_context(_prefetch(settings | direct))
         self.load = os.getloadavg()[0]
+        self.cpu_s: list[tuple[float, float]] = []
+        """Of each fetch: of the cache, and of the modelstore meanwhile."""
 
     def round(self) -> dict[str, float]:
         """Seconds of each."""
@@ -156,6 +167,7 @@ class _Bench:
         """As long as the cache took; its process runs already."""
         if anew:
             self._clear()
+        server_cpu_s = _cpu_s(self._server)
         assert cache.stdin is not None
         assert cache.stdout is not None
         cache.stdin.write(f"{MODEL}@{self._version}\n")
@@ -163,7 +175,10 @@ class _Bench:
         told = cache.stdout.readline()
         if not told:
             raise SystemExit("bench: the cache ended; its last words are above")
-        return float(json.loads(told)["seconds"])
+        ended = json.loads(told)
+        if cache is self._cache:
+            self.cpu_s.append((float(ended["cpu_seconds"]), _cpu_s(self._server) - server_cpu_s))
+        return float(ended["seconds"])
 
 
 def _make_files(folder: Path, count: int, total: int) -> dict[str, int]:
@@ -215,14 +230,21 @@ def _make_manifest(store: Path, files: dict[str, int]) -> str:
 
 
 @contextmanager
-def _static_server(folder: Path) -> Iterator[int]:
-    command = [sys.executable, "-m", "tools.bench_fetch_http", str(folder)]
+def _tool(name: str, *arguments: str) -> Iterator[int]:
+    """A server beside this file; the port that it tells."""
+    command = [sys.executable, "-m", f"tools.{name}", *arguments]
     with subprocess.Popen(command, env=_env({}), stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             yield int(process.stdout.readline())
         finally:
             process.kill()
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -243,7 +265,8 @@ def _prefetch(settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def _modelstore(store: Path, chunk_bytes: int) -> Iterator[int]:
+def _modelstore(store: Path, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    """Its port and its process id."""
     port = free_ports(1, random.Random())[0]
     settings = {
         "TOKENLOOM_MODELSTORE_PORT": str(port),
@@ -259,7 +282,7 @@ def _modelstore(store: Path, chunk_bytes: int) -> Iterator[int]:
         )
     try:
         _await_port(process, port, log)
-        yield port
+        yield port, process.pid
     finally:
         process.kill()
         process.wait()
@@ -294,6 +317,8 @@ def _show(result: dict[str, Any]) -> None:
     for name, of in (("shares", "the lower of dd and http"), ("shares_of_http_fsync", "http+fsync")):
         shares = result[name]
         console.print(f"fetch has {statistics.median(shares):.2f} of {of} (median; best {max(shares):.2f})")
+    own, store = (statistics.median(values) for values in zip(*result["cpu_s"], strict=True))
+    console.print(f"CPU time of a fetch: {own:.2f} s in the cache, {store:.2f} s in the modelstore (medians)")
     console.print(f"bar {BAR} of the first; {result['cpus']} CPUs, load before {result['load_before']:.1f}")
 
 

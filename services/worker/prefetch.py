@@ -23,6 +23,7 @@ from services.worker.settings import WorkerSettings, split_models
 from tokenloom.kit import logs
 from tokenloom.kit.channels import open_channel
 from tokenloom.kit.errors import CallError
+from tokenloom.kit.malloc import keep_freed_buffers
 from tokenloom.kit.service import EXIT_FAILED, EXIT_SETTINGS
 from tokenloom.kit.settings import SettingsError, load_settings
 
@@ -34,6 +35,7 @@ def main() -> None:
     except SettingsError as error:
         print(f"tokenloom worker: settings refused\n{error}", file=sys.stderr)
         sys.exit(EXIT_SETTINGS)
+    keep_freed_buffers()
     logs.setup("worker", settings.name, level=settings.log_level, fmt=settings.log_format)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:

@@ -78,7 +78,7 @@ class WorkerSettings(ServiceSettings):
 
     resolve_backoff_max_s: float = Field(2.0, gt=0, le=600)
     """Between two questions for a model that the modelstore does not have yet."""
-    fetch_attempts_max: int = Field(5, ge=1, le=100)
+    fetch_attempts_max: int = Field(8, ge=1, le=100)
     """Tries in a row that bring no new byte of a blob, or bring a wrong one."""
     load_attempts_max: int = Field(3, ge=1, le=100)
     """Engine starts that may fail before a model counts as failed."""

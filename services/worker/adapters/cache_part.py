@@ -18,6 +18,10 @@ from pathlib import Path
 from services.worker.adapters.blobfile import Blob, FileHash, sync_folder
 from services.worker.adapters.cache_ranges import Ranges
 
+WRITE_BYTES = 128 * 1024
+"""Given to the kernel at once. It takes memory for the page cache in pieces as large as the write, and large
+ones are often not at hand: a GiB in pieces of 1 MiB cost up to four times the CPU time of one in these."""
+
 
 class PartFile:
     """Only the holder of the blob's lock may open it."""
@@ -71,7 +75,7 @@ class PartFile:
         """Keep `data`, and note that it is here."""
         at, end = offset, offset + len(data)
         while at < end:
-            at += os.pwrite(self._fd, data[at - offset :], at)
+            at += os.pwrite(self._fd, data[at - offset : at - offset + WRITE_BYTES], at)
         # The line break comes first: of a line that was cut short, a beginning can only name fewer bytes.
         os.write(self._journal, b"\n%d %d" % (offset, end))
         with self._changing:

@@ -20,6 +20,8 @@ ASK_TIMEOUT_S = 10.0
 CONFIG = "config.json"
 CONFIG_BYTES_MAX = 1024 * 1024
 FETCH_BLOB = "/loom.modelstore.v1.ModelStoreService/FetchBlob"
+LENGTH_BYTES_MAX = 6
+"""A length of 32 bits, after its tag."""
 _DATA_TAG = pb.FetchBlobResponse.DATA_FIELD_NUMBER << 3 | 2
 
 
@@ -83,15 +85,13 @@ class GrpcModelStore:
 def data_of(message: bytes) -> memoryview:
     """The `data` of a FetchBlobResponse, in place: a parser would copy it. Raises CallError."""
     # The usual message is this one field: its tag, its length in groups of 7 bits, its bytes.
-    if message[:1] == bytes([_DATA_TAG]):
-        at, length = 1, 0
-        while at < min(len(message), 11):
-            length |= (message[at] & 0x7F) << 7 * (at - 1)
-            at += 1
-            if message[at - 1] < 0x80:
-                break
-        if at + length == len(message):
-            return memoryview(message)[at:]
+    length = 0
+    for at, byte in enumerate(message[1:LENGTH_BYTES_MAX], 1):
+        length |= (byte & 0x7F) << 7 * (at - 1)
+        if byte < 0x80:
+            if message[0] == _DATA_TAG and at + 1 + length == len(message):
+                return memoryview(message)[at + 1 :]
+            break
     try:
         return memoryview(pb.FetchBlobResponse.FromString(message).data)
     except DecodeError:

@@ -318,9 +318,10 @@ class Models:
             hurried.cancel()
 
     def _release(self, resident: Resident) -> None:
-        """Its process is gone: its memory is for those who wait."""
+        """Its process is gone: its memory is for those who wait, and its files may leave the disk."""
         if not resident.released.is_set():
             resident.released.set()
+            self._weights.release(resident.version.digest)
             for digest in self._residency.gone(resident.version.digest):
                 self._residents[digest].granted.set()
         self._changed()

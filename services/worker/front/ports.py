@@ -70,7 +70,14 @@ class Weights(Protocol):
     """Where a version's files lie on this machine."""
 
     async def folder(self, version: ModelVersion, progress: Callable[[float], None]) -> str:
-        """Bring every file here and return the folder; `progress` hears 0 to 1. Raises CallError."""
+        """Bring every file here and return the folder; `progress` hears 0 to 1. Raises CallError.
+
+        The folder stays until `release`, or the end of this process.
+        """
+        ...
+
+    def release(self, digest: str) -> None:
+        """The version's folder is no longer used: it may go. Harmless when it never was."""
         ...
 
 

@@ -229,3 +229,20 @@ async def test_what_cannot_be_had_ends_with_one_line(
     lines = errors.decode().strip().splitlines()
     assert len(lines) == 1
     assert says in lines[0]
+
+
+async def test_the_bench_measures_a_real_modelstore(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = ["-m", "tools.bench_fetch", "--rounds", "1", "--bytes", str(3 * MIB), "--dir", str(tmp_path)]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, *command, "--json", str(figures), "--network-mb-per-s", "500"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    STARTED.append(process)
+    _, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    (rates,) = json.loads(figures.read_text())["mb_per_s"]
+    assert set(rates) == {"dd", "http", "http+fsync", "fetch", "direct", "again"}
+    assert all(rate > 0 for rate in rates.values())

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from loom.modelstore.v1 import modelstore_pb2 as pb
 
@@ -96,7 +96,10 @@ def test_data_of_a_message_with_fields_of_a_later_release_is_found():
     assert data_of(message) == b"abc"
 
 
-@given(st.binary(max_size=30))
+@given(st.binary(max_size=30) | st.binary(max_size=8).map(lambda tail: b"\n" + tail))
+@example(b"\n")
+@example(b"\n\x80")
+@example(b"\n\x80\x00")
 def test_no_bytes_read_as_a_message_that_they_are_not(message):
     try:
         parsed = pb.FetchBlobResponse.FromString(message).data

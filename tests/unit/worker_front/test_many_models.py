@@ -67,6 +67,26 @@ async def test_evicted_model_is_gone_before_the_new_engine_starts() -> None:
     await made.close()
 
 
+async def test_files_are_in_use_until_the_engine_process_is_gone() -> None:
+    made = world()
+    await made.load(A)
+    await made.load(B)
+    made.links["a"].die("killed by SIGKILL")
+    (await made.launch.next()).say(READY)
+    assert made.folders == {"a", "b"}, "its next process reads them again"
+    unloading = asyncio.create_task(made.models.unload(B.digest))
+    await until(lambda: made.resident("b").stage is Stage.DRAINING)
+    assert made.folders == {"a", "b"}
+    await made.gone("b")
+    await unloading
+    assert made.folders == {"a"}
+    made.weights_error = CallError("DIGEST_MISMATCH", "wrong bytes")
+    with pytest.raises(CallError, match="wrong bytes"):
+        await made.models.load(C.digest)
+    assert made.folders == {"a"}
+    await made.close()
+
+
 async def test_model_that_waits_names_what_it_waits_for() -> None:
     made = world(budget_bytes=GIB)
     await made.load(A)

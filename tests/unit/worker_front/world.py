@@ -37,6 +37,8 @@ class World:
         self.may_fetch.set()
         self.launch = FakeLaunch()
         """Of every model."""
+        self.folders: set[str] = set()
+        """Names of the versions whose files are in use."""
         self.engines: list[Engine] = []
         self.clock = FakeClock()
         self.changes = 0
@@ -76,7 +78,11 @@ class World:
         await self.may_fetch.wait()
         if self.weights_error is not None:
             raise self.weights_error
+        self.folders.add(version.name)
         return "/folder"
+
+    def release(self, digest: str) -> None:
+        self.folders -= {one.name for one in self.known.values() if one.digest == digest}
 
     def reserve(self, version: ModelVersion, budget_bytes: int, *, whole: bool) -> Reservation:
         return Reservation(weights_bytes=version.weight_bytes)
