@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import grpc
 from aiohttp import web
@@ -108,6 +108,8 @@ async def h2c_post(port: int, path: str, body: bytes, headers: dict[str, str]) -
                     return data
     finally:
         writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """What a channel of the kit puts up with."""
 
 import asyncio
+from contextlib import suppress
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -8,6 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tokenloom.kit.channels import open_channel
 
 SLOW_S = 0.4
+WAIT_S = 10.0
 
 
 async def test_a_server_that_is_slow_to_greet_fails_no_call():
@@ -17,12 +19,21 @@ async def test_a_server_that_is_slow_to_greet_fails_no_call():
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
 
+    relays: set[asyncio.Task] = set()
+
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-        writer.close()
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        relays.add(asyncio.current_task())
         await asyncio.sleep(SLOW_S)
         back, forth = await asyncio.open_connection("127.0.0.1", port)
         await asyncio.gather(pump(reader, forth), pump(back, writer))
@@ -37,3 +48,4 @@ async def test_a_server_that_is_slow_to_greet_fails_no_call():
         await channel.close()
         door.close()
         await server.stop(0)
+        await asyncio.wait_for(asyncio.gather(*relays), WAIT_S)
