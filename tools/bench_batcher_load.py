@@ -8,30 +8,37 @@ PLAN and RESULT are JSON files of `Plan` and `Result`; times are seconds after `
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import grpc
 import msgspec
 import uvloop
+from google.rpc import status_pb2
 from loom.inference.v1 import inference_pb2
 from loom.worker.v1 import worker_pb2
 
 from tokenloom.contract.headers import RequestHeaders
-from tokenloom.kit.channels import ChannelPool
-from tokenloom.kit.errors import from_rpc_error
+from tokenloom.kit.errors import STATUS_DETAILS_KEY, from_status
+from tools.bench_batcher_wire import Connection, WireError, connect, header_block
 
 LOAD_NICE = 5
 """Clients are other machines too: what is measured goes first."""
-METHOD = "/loom.worker.v1.WorkerService/Generate"
+PSEUDO = (
+    (":method", "POST"),
+    (":scheme", "http"),
+    (":path", "/loom.worker.v1.WorkerService/Generate"),
+    ("content-type", "application/grpc"),
+    ("te", "trailers"),
+)
 VOCAB = 256
 UNTRACED = ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00")
 """As from an edge that decided not to keep the trace."""
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+END_MAX_S = 30.0
+"""After the last deadline, for answers that somebody forgot."""
 
 
 class Ask(msgspec.Struct, array_like=True, frozen=True):
@@ -98,24 +105,26 @@ class _Load:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._seen = [Seen(tokens=[]) for _ in plan.asks]
+        self._pseudo = [(":authority", plan.target), *PSEUDO]
 
     async def run(self) -> list[Seen]:
         """Returns when every request has ended."""
         plan = self._plan
-        pool = ChannelPool(plan.target, plan.channels)
+        connections = [await connect(plan.target) for _ in range(plan.channels)]
         bodies = [self._body(index) for index in range(len(plan.asks))]
         calls: list[asyncio.Task[None]] = []
         gc.collect()
         gc.freeze()
-        try:
-            for index in sorted(range(len(plan.asks)), key=lambda i: plan.asks[i].due_s):
-                ahead_s = plan.asks[index].due_s - self._now_s()
-                if ahead_s > 0:
-                    await asyncio.sleep(ahead_s)
-                calls.append(asyncio.create_task(self._call(pool.next(), index, bodies[index])))
+        for index in sorted(range(len(plan.asks)), key=lambda i: plan.asks[i].due_s):
+            ahead_s = plan.asks[index].due_s - self._now_s()
+            if ahead_s > 0:
+                await asyncio.sleep(ahead_s)
+            connection = connections[len(calls) % len(connections)]
+            calls.append(asyncio.create_task(self._call(connection, index, bodies[index])))
+        async with asyncio.timeout(plan.timeout_s + END_MAX_S):
             await asyncio.gather(*calls)
-        finally:
-            await pool.close()
+        for connection in connections:
+            connection.close()
         return self._seen
 
     def _now_s(self) -> float:
@@ -137,7 +146,7 @@ class _Load:
         )
         return request.SerializeToString()
 
-    def _metadata(self, index: int) -> list[tuple[str, str | bytes]]:
+    def _headers(self, index: int) -> bytes:
         ask, now_ms = self._plan.asks[index], time.time_ns() // 1_000_000
         told = RequestHeaders(
             request_id=f"bench-{index}",
@@ -149,25 +158,38 @@ class _Load:
             prompt_tokens=ask.prompt_tokens,
             max_new_tokens=ask.new_tokens,
         )
-        return [*told.encode(), UNTRACED]
+        timeout = ("grpc-timeout", f"{int(self._plan.timeout_s * 1000)}m")
+        return header_block([*self._pseudo, timeout, *told.encode(), UNTRACED])
 
-    async def _call(self, channel: grpc.aio.Channel, index: int, body: bytes) -> None:
+    async def _call(self, connection: Connection, index: int, body: bytes) -> None:
         seen = self._seen[index]
         seen.sent_s = self._now_s()
-        method: Any = channel.unary_stream(METHOD, None, None)
-        call = method(body, metadata=self._metadata(index), timeout=self._plan.timeout_s)
+
+        def note(data: bytes) -> None:
+            count = len(worker_pb2.GenerateResponse.FromString(data).tokens.token_ids)
+            seen.tokens.append((self._now_s(), count))
+
         try:
-            while (data := await call.read()) is not _EOF:
-                count = len(worker_pb2.GenerateResponse.FromString(data).tokens.token_ids)
-                seen.tokens.append((self._now_s(), count))
-        except grpc.aio.AioRpcError as error:
-            seen.error = from_rpc_error(error).reason
-        finally:
-            call.cancel()
+            fields = await connection.start(self._headers(index), body, note).ended
+        except WireError as error:
+            seen.error = f"WIRE: {error}"
+        else:
+            seen.error = refusal_of(fields)
         seen.ended_s = self._now_s()
         given = sum(count for _, count in seen.tokens)
         if not seen.error and given != self._plan.asks[index].new_tokens:
             seen.error = "TOKENS_MISSING"
+
+
+def refusal_of(fields: dict[str, str]) -> str:
+    """The reason in an answer's last fields; empty for an answer that ended well."""
+    code = int(fields.get("grpc-status", "2"))
+    if code == 0:
+        return ""
+    status = status_pb2.Status(code=code, message=fields.get("grpc-message", ""))
+    if details := fields.get(STATUS_DETAILS_KEY):
+        status.ParseFromString(base64.b64decode(details + "=" * (-len(details) % 4)))
+    return from_status(status).reason
 
 
 if __name__ == "__main__":
