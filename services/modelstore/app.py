@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -164,12 +165,21 @@ async def open_offline(store_dir: Path | str) -> ModelStoreServicer:
     when the store cannot be used.
     """
     place = str(store_dir)
-    scratch = (
-        Path(tempfile.gettempdir(), f"tokenloom-{os.getuid()}") if is_url(place) else Path(place, SCRATCH)
-    )
+    scratch = _own_temporary_folder() if is_url(place) else Path(place, SCRATCH)
     parts = _Parts(place, scratch, None, None, Limits())
     await parts.store.refresh()
     return parts.servicer
+
+
+def _own_temporary_folder() -> Path:
+    """The same one each time, so that downloads go on. Raises OSError when somebody else could write there:
+    everybody can make folders among the temporary ones."""
+    folder = Path(tempfile.gettempdir(), f"tokenloom-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{folder} is open to other users: remove it, or set TMPDIR")
+    return folder
 
 
 def import_offline(

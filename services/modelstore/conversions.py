@@ -1,7 +1,7 @@
 """From a checked source to blobs and facts: hash it, remember what it became before, or convert it.
 
-Blobs are stored before the record that remembers them, so a record that is found is worth following; its
-blobs are read before they are believed.
+Blobs are stored before the record that remembers them, so a record that is found is worth following. It
+holds its own digest, and its blobs are read before they are believed: what is damaged is converted again.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from services.modelstore.adapters.scratch import Scratch
 from services.modelstore.adapters.sources import hash_file
+from services.modelstore.adapters.threads import entered, in_thread
 from services.modelstore.core.manifest import (
     Facts,
     File,
@@ -69,6 +70,8 @@ class Conversions:
         """
         if source_digest and not inspected.is_file:
             raise folder_with_digest()
+        # Also where nothing will be converted: who was killed may have come as far as the record.
+        await in_thread(self._scratch.sweep)
         recipe = ""
         async with aclosing(self._hash_source(inspected, dtype, source_digest)) as hashing:
             async for step in hashing:
@@ -115,15 +118,10 @@ class Conversions:
 
     async def _remembered(self, recipe: str, pin: Pin) -> AsyncGenerator[Progress | Content, None]:
         """An earlier conversion's result, if all of its blobs are still there and whole; else nothing."""
-        data = await self._objects.get(conversion_path(recipe))
-        if data is None:
+        content = _recorded(await self._objects.get(conversion_path(recipe)))
+        if content is None:
             return
-        try:
-            value = json.loads(data)
-            files = tuple(File(**file) for file in value["files"])
-            content = Content(Facts.from_json(value["facts"]), files)
-        except (KeyError, TypeError, ValueError):
-            return
+        files = content.files
         await pin.add(file.digest for file in files)
         whole: set[str] = set()
         done, total = 0, sum(file.size_bytes for file in files)
@@ -155,7 +153,7 @@ class Conversions:
     async def _convert(
         self, inspected: Inspected, dtype: str, recipe: str, pin: Pin
     ) -> AsyncGenerator[Progress | Content, None]:
-        with self._scratch.folder() as folder:
+        async with entered(self._scratch.folder()) as folder:
             source, output = folder / "source", folder / "output"
             output.mkdir()
             await asyncio.to_thread(self._inspector.stage, inspected, source)
@@ -213,8 +211,7 @@ class Conversions:
             done += file.size_bytes
             yield Progress("store", done, total)
         content = Content(Facts.from_json(converted.facts), tuple(files))
-        record = {"facts": content.facts.to_json(), "files": [_file_json(f) for f in files]}
-        await self._objects.put(conversion_path(recipe), canonical(record))
+        await self._objects.put(conversion_path(recipe), _record(content))
         yield content
 
 
@@ -231,5 +228,18 @@ def _check_digest(inspected: Inspected, digests: Mapping[str, str], wanted: str)
         raise Refused("DIGEST_MISMATCH", message, digest=wanted, actual=actual)
 
 
-def _file_json(file: File) -> dict[str, object]:
-    return {"path": file.path, "digest": file.digest, "size_bytes": file.size_bytes}
+def _record(content: Content) -> bytes:
+    value = {"facts": content.facts.to_json(), "files": [asdict(file) for file in content.files]}
+    return canonical({**value, "digest": digest_of(canonical(value))})
+
+
+def _recorded(data: bytes | None) -> Content | None:
+    """What `_record` wrote; None for what is missing, damaged, or from before records had a digest."""
+    try:
+        value = json.loads(data or b"")
+        if value.pop("digest") != digest_of(canonical(value)):
+            return None
+        files = tuple(File(**file) for file in value["files"])
+        return Content(Facts.from_json(value["facts"]), files)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None

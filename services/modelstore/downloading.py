@@ -1,7 +1,9 @@
 """Downloads what an URL names: one GGUF file, or the files of a model folder by their fixed names.
 
 The files land in a folder of the store's scratch that is named by the URL and survives a kill. What can
-be refused from the small files is refused before any weights are fetched.
+be refused from the small files is refused before any weights are fetched. When a folder's files are all
+here, each is asked for once more: as none has changed since it was fetched, there was a moment at which
+all of them were what is here, so they are of one revision.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from services.modelstore.adapters.scratch import Busy, Kept, Scratch
-from services.modelstore.adapters.web import discard, in_thread, known_of
+from services.modelstore.adapters.threads import in_thread
+from services.modelstore.adapters.web import discard, known_of
 from services.modelstore.core import folder_source
 from services.modelstore.core.gguf import MAGIC
 from services.modelstore.core.ports import Progress
@@ -84,6 +87,8 @@ class _Download:
         """Bytes in all, once an index told them."""
         self._last = not url.is_folder
         """Whether no other file comes after the present one."""
+        self._asked: list[str] = []
+        """Files of a folder that are here or were found absent."""
         self.fetched: dict[str, int] = {}
         """Sizes of the files that are here, by name."""
 
@@ -104,6 +109,19 @@ class _Download:
             raise source_invalid(self._url.shown, f"has {self.fetched[name]} bytes, so it is no model")
 
     async def folder(self) -> AsyncGenerator[Progress, None]:
+        """The files, all of one revision."""
+        async with aclosing(self._files_of_folder()) as steps:
+            async for step in steps:
+                yield step
+        for name in self._asked:
+            if await self._web.changed(self._url.file(name), str(self._files / name)):
+                message = (
+                    f"{self._url.shown}: {name} changed while the folder was fetched, so its files may be of "
+                    "two revisions; what did not change is kept: import it again, or name one revision"
+                )
+                raise Refused("SERVICE_UNAVAILABLE", message, service=self._url.host)
+
+    async def _files_of_folder(self) -> AsyncGenerator[Progress, None]:
         """The small files, a look at them, then the weights: safetensors if there are any."""
         async with aclosing(self._all(folder_source.TEXT_FILES)) as steps:
             async for step in steps:
@@ -133,6 +151,7 @@ class _Download:
 
     async def _all(self, names: tuple[str, ...]) -> AsyncGenerator[Progress, None]:
         for name in names:
+            self._asked.append(name)
             async with aclosing(self._fetch(self._url.file(name), name)) as steps:
                 async for step in steps:
                     yield step

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from services.modelstore.adapters.scratch import Scratch
 from services.modelstore.adapters.sources import LocalSources
+from services.modelstore.adapters.threads import entered
 from services.modelstore.conversions import Content, Conversions, folder_with_digest
 from services.modelstore.core import builtin
 from services.modelstore.core.aliases import Target
@@ -146,7 +147,7 @@ class Importer:
         """What was downloaded stays until the version is published, or until it turns out to be no model."""
         if request.source_digest and url.is_folder:
             raise folder_with_digest()
-        with self._downloader.kept(url) as kept:
+        async with entered(self._downloader.kept(url)) as kept:
             downloaded: Downloaded | None = None
             async with aclosing(self._downloader.run(url, kept.path)) as steps:
                 async for step in steps:

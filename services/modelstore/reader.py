@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from services.modelstore.core import aliases, deprecations
@@ -24,7 +24,7 @@ from services.modelstore.core.manifest import (
     manifest_path,
     parse_manifest,
 )
-from services.modelstore.core.ports import Objects
+from services.modelstore.core.ports import Entry, Objects
 from services.modelstore.core.series import record_path
 from tokenloom.kit.logs import get_logger
 
@@ -36,14 +36,24 @@ T = TypeVar("T")
 log = get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    """A manifest that cannot be read."""
+
+    entry: Entry
+    """As it was listed then; once it is listed otherwise, it is read again."""
+    named: frozenset[str]
+    """The digests that its bytes still show."""
+
+
 class Reader:
     """What was read so far. Calls of one Reader must not overlap."""
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self._versions: dict[str, StoredVersion] = {}
-        self._broken: dict[str, set[str]] = {}
-        """Manifests that cannot be read, and the digests that their bytes still show."""
+        self._broken: dict[str, _Broken] = {}
+        self._forgotten: set[str] = set()
         self._aliases: dict[tuple[str, str], AliasState] = {}
         self._alias_heads: dict[tuple[str, str], int] = {}
         self._marks: dict[str, Deprecation | None] = {}
@@ -75,7 +85,11 @@ class Reader:
     def named_blobs(self) -> set[str]:
         """The blobs of every manifest that was read, also of those that could not be understood."""
         named = {digest for version in self._versions.values() for digest in version.blobs}
-        return named.union(*self._broken.values())
+        return named.union(*(broken.named for broken in self._broken.values()))
+
+    def forget(self, digest: str) -> None:
+        """Read this version anew at the next look: what is kept of it was written over."""
+        self._forgotten.add(digest)
 
     def alias(self, model: str, alias: str) -> AliasState | None:
         """As it was read last; one that was taken away has no targets."""
@@ -83,26 +97,35 @@ class Reader:
 
     async def _read_versions(self) -> None:
         entries = await self._objects.entries("manifests")
-        present = {digest for entry in entries if (digest := digest_in_path(entry.path))}
-        for digest in self._versions.keys() - present:
+        present = {digest: entry for entry in entries if (digest := digest_in_path(entry.path))}
+        for digest in self._versions.keys() - present.keys():
             del self._versions[digest]
             self._changed = True
-        for digest in self._broken.keys() - present:
+        for digest in self._broken.keys() - present.keys():
             del self._broken[digest]
-        new = present - self._versions.keys() - self._broken.keys()
-        await asyncio.gather(*(self._read_version(digest) for digest in sorted(new)))
+        self._forgotten &= present.keys()
+        new = [(digest, entry) for digest, entry in sorted(present.items()) if self._is_new(digest, entry)]
+        await asyncio.gather(*(self._read_version(digest, entry) for digest, entry in new))
 
-    async def _read_version(self, digest: str) -> None:
+    def _is_new(self, digest: str, entry: Entry) -> bool:
+        if digest in self._forgotten:
+            return True
+        broken = self._broken.get(digest)
+        return broken.entry != entry if broken else digest not in self._versions
+
+    async def _read_version(self, digest: str, entry: Entry) -> None:
         data = await self._objects.get(manifest_path(digest))
         if data is None:
             return
+        self._forgotten.discard(digest)
         try:
             manifest = parse_manifest(data, digest)
         except ManifestError as error:
-            self._broken[digest] = digests_in(data)
+            self._broken[digest] = _Broken(entry, frozenset(digests_in(data)))
             log.error("manifest skipped", digest=digest, error=str(error))
             return
         record = ImportRecord.from_bytes(await self._objects.get(import_path(digest)))
+        self._broken.pop(digest, None)
         self._versions[digest] = StoredVersion(digest, manifest, record)
         self._changed = True
 

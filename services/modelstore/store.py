@@ -75,13 +75,13 @@ class Store:
     async def publish(self, manifest: Manifest, source: str) -> tuple[StoredVersion, bool]:
         """Store a manifest whose blobs are all there; the version, and whether it is new.
 
-        Raises Refused with SERVICE_UNAVAILABLE when a blob is gone or damaged after all.
+        One that is there and damaged is mended, and not new. Raises Refused with SERVICE_UNAVAILABLE when a
+        blob is gone or damaged after all.
         """
         digest = manifest.digest
-        record = ImportRecord(self._clock.unix_ms(), source)
         # The record first: a version must not be seen without its time, and a record alone is harmless.
-        await self._objects.create(import_path(digest), record.to_bytes())
-        created = await self._objects.create(manifest_path(digest), manifest.to_bytes())
+        await self._record_import(digest, source)
+        created = await self._create_manifest(manifest)
         # Pins keep the blobs; this is for an import that was held up until its pin had expired.
         for file in manifest.files:
             if await self._objects.size(blob_path(file.digest)) != file.size_bytes:
@@ -91,6 +91,30 @@ class Store:
                 raise Refused("SERVICE_UNAVAILABLE", message, service="modelstore")
         await self.refresh()
         return self.catalogue.version(digest), created
+
+    async def _record_import(self, digest: str, source: str) -> None:
+        path, record = import_path(digest), ImportRecord(self._clock.unix_ms(), source)
+        if await self._objects.create(path, record.to_bytes()):
+            return
+        if ImportRecord.from_bytes(await self._objects.get(path)) == ImportRecord.unknown():
+            await self._mend(digest, path, record.to_bytes())
+
+    async def _create_manifest(self, manifest: Manifest) -> bool:
+        """Whether there was none. Its name says what it holds: one with other bytes may be written over."""
+        path, data = manifest_path(manifest.digest), manifest.to_bytes()
+        if await self._objects.create(path, data):
+            return True
+        found = await self._objects.get(path)
+        if found != data:
+            await self._mend(manifest.digest, path, data)
+        return found is None
+
+    async def _mend(self, digest: str, path: str, data: bytes) -> None:
+        # No look may be under way: it could have read the old bytes and end after the new ones are there.
+        async with self._refreshing:
+            await self._objects.put(path, data)
+            self._reader.forget(digest)
+        log.warning("object mended", path=path)
 
     async def set_alias(
         self, model: str, alias: str, targets: Sequence[Target], expected_sequence: int | None

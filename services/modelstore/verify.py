@@ -12,10 +12,12 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 
 from services.modelstore.core.manifest import (
+    ImportRecord,
     blob_in_path,
     blob_path,
     digest_in_path,
     digest_of,
+    import_path,
     manifest_path,
 )
 from services.modelstore.core.ports import Objects, Progress
@@ -161,7 +163,10 @@ class _Check:
             data = await self._objects.get(manifest_path(digest))
             # None: it was deleted since.
             if data is not None and digest_of(data) != digest:
-                self._find(digest, (digest,), f"wrong digest: its manifest has {digest_of(data)}")
+                # The catalogue may know nothing of it; where it came from is noted beside it.
+                source = ImportRecord.from_bytes(await self._objects.get(import_path(digest))).source
+                origin = f"; it was imported from {source}" if source else ""
+                self._find(digest, (digest,), f"wrong digest: its manifest has {digest_of(data)}{origin}")
 
     async def _check_blobs(self) -> None:
         while self._left:

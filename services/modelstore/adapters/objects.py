@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,10 +86,12 @@ class StoredObjects:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._threads, lambda: function(*args, **options))
-        except AlreadyExistsError:
+        except (AlreadyExistsError, FileNotFoundError):
             raise
         except BaseError as error:
             raise store_error(error) from error
+        except OSError as error:
+            raise StoreError(error.errno, error.strerror) from error
 
 
 def store_error(error: BaseError) -> StoreError:
@@ -121,13 +124,8 @@ class FolderObjects(StoredObjects):
 
     def _read(self, path: str, start: int, end: int) -> bytes:
         """Without obstore, which copies the bytes twice more; fewer when the file ends before `end`."""
-        try:
-            with (self._folder / path).open("rb", buffering=0) as file:
-                return os.pread(file.fileno(), end - start, start)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise StoreError(error.errno, error.strerror) from error
+        with (self._folder / path).open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), end - start, start)
 
     def _move(self, path: str, file: Path) -> bool:
         """False when the folder is on another file system."""
@@ -151,9 +149,11 @@ class FolderObjects(StoredObjects):
             # Folders with a dot are others' work, with rules of their own.
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (Path(folder, name) for name in names if _STAGED.fullmatch(name)):
-                if path.lstat().st_mtime * 1000 < before_unix_ms:
-                    path.unlink(missing_ok=True)
-                    removed += 1
+                # One that is whole by now has its final name.
+                with suppress(FileNotFoundError):
+                    if path.lstat().st_mtime * 1000 < before_unix_ms:
+                        path.unlink()
+                        removed += 1
         return removed
 
 

@@ -58,7 +58,7 @@ class SpawnedConverter:
             async for event in _events(process, job):
                 ended = ended or isinstance(event, Converted)
                 yield event
-            status = await asyncio.wait_for(process.wait(), END_WAIT_MAX_S)
+            status = await _ending(process)
             await listening
             if not ended:
                 raise _crash(job, status, last_lines)
@@ -68,6 +68,15 @@ class SpawnedConverter:
             await process.wait()
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
+
+
+async def _ending(process: asyncio.subprocess.Process) -> int:
+    """Its status; whatever result there was has come by now."""
+    try:
+        return await asyncio.wait_for(process.wait(), END_WAIT_MAX_S)
+    except TimeoutError:
+        process.kill()
+        return await process.wait()
 
 
 async def _events(

@@ -37,31 +37,32 @@ class Kept:
 
 
 class Scratch:
-    """Makes folders below `root`, which lies in the store's own folder so that files can be renamed."""
+    """Makes folders below `root`, which lies in the store's own folder so that files can be renamed.
+
+    Beginning and end of a folder block: they remove what may be large.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A new folder, removed at the end. Leftovers of processes that were killed go first."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        self.sweep()
+        """A new folder, removed at the end."""
         path = self._root / uuid.uuid4().hex
-        path.mkdir()
-        with (path / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                yield path
-            finally:
-                shutil.rmtree(path, ignore_errors=True)
+        # Only a sweep can have its lock, and not for long.
+        handle = _lock_folder(path, fcntl.LOCK_EX)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(handle)
 
     @contextmanager
     def kept(self, key: str) -> Iterator[Kept]:
         """The folder of this key, as the last one left it. Raises Busy."""
         self._sweep_kept()
         path = self._root / _KEPT / key
-        handle = _lock_folder(path)
+        handle = _lock_folder(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
         kept = Kept(path)
         try:
             yield kept
@@ -107,7 +108,7 @@ class Scratch:
         return False
 
 
-def _lock_folder(path: Path) -> int:
+def _lock_folder(path: Path, how: int) -> int:
     """Make the folder and lock it; the lock's handle. Raises Busy."""
     for _ in range(_LOCK_ATTEMPTS_MAX):
         path.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ def _lock_folder(path: Path) -> int:
         except FileNotFoundError:
             continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, how)
         except BlockingIOError:
             os.close(handle)
             raise Busy(str(path)) from None

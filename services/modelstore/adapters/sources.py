@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from services.modelstore.core.ports import BytesDone, Source, SourceFile
@@ -42,11 +43,12 @@ class LocalSources:
         return Source(label, str(location), is_folder, files)
 
     def head(self, file: SourceFile, size: int) -> bytes:
-        with open(file.location, "rb") as opened:
+        with _readable(file), open(file.location, "rb") as opened:
             return opened.read(size)
 
     def hash(self, file: SourceFile, on_bytes: BytesDone) -> str:
-        return hash_file(Path(file.location), on_bytes)
+        with _readable(file):
+            return hash_file(Path(file.location), on_bytes)
 
     def changed(self, file: SourceFile) -> bool:
         """Whether the file is no longer the one that `open` saw."""
@@ -79,6 +81,16 @@ class LocalSources:
             "add the folder to TOKENLOOM_MODELSTORE_IMPORT_ROOTS",
             permission="import_roots",
         )
+
+
+@contextmanager
+def _readable(file: SourceFile) -> Iterator[None]:
+    """What goes wrong with a source is the source's."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or "it failed"
+        raise source_invalid(file.path, f"could not be read to its end ({why}); import it again") from error
 
 
 def hash_file(path: Path, on_bytes: BytesDone) -> str:

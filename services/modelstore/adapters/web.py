@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +18,24 @@ from typing import TypeVar
 import aiohttp
 from yarl import URL
 
+from services.modelstore.adapters.threads import in_thread
 from services.modelstore.core.refusal import Refused, source_invalid
-from services.modelstore.core.transfer import REDIRECTS, Answer, Held, Verdict, judge, request_headers
+from services.modelstore.core.transfer import (
+    REDIRECTS,
+    Answer,
+    Held,
+    Verdict,
+    judge,
+    request_headers,
+    still_there,
+    whole_headers,
+)
 from services.modelstore.core.urls import Url, allowed, redirected
 from services.modelstore.core.web import Absent, Arrived, TooLarge
 
 REDIRECTS_MAX = 5
 ATTEMPTS_MAX = 5
-"""Attempts in a row that bring no byte."""
+"""Attempts in a row that come no further than one before them."""
 RETRY_WAIT_S = 0.5
 """After the first of them; doubled after each further one."""
 CONNECT_TIMEOUT_S = 20.0
@@ -72,9 +82,25 @@ class HttpFiles:
     async def fetch(
         self, url: Url, file: str, bytes_max: int
     ) -> AsyncGenerator[Arrived | Absent | TooLarge, None]:
-        self.check_allowed(url)
         place = Path(file)
-        attempts, why = 0, ""
+        attempts = self._attempts(url, lambda session: self._fetch_once(session, url, place, bytes_max))
+        async with aclosing(attempts) as events:
+            async for event in events:
+                yield event
+
+    async def changed(self, url: Url, file: str) -> bool:
+        place = Path(file)
+        async with aclosing(
+            self._attempts(url, lambda session: self._compare_once(session, url, place))
+        ) as found:
+            return [changed async for changed in found][-1]
+
+    async def _attempts(
+        self, url: Url, once: Callable[[aiohttp.ClientSession], AsyncGenerator[T, None]]
+    ) -> AsyncGenerator[T, None]:
+        """What `once` gives, made again where it breaks off and as long as it comes further each time."""
+        self.check_allowed(url)
+        attempts, furthest, why = 0, 0, ""
         async with aiohttp.ClientSession(
             timeout=self._timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -86,10 +112,10 @@ class HttpFiles:
                     await asyncio.sleep(self._retry_wait_s * 2 ** (attempts - 1))
                 attempts += 1
                 try:
-                    async with aclosing(self._attempt(session, url, place, bytes_max)) as events:
+                    async with aclosing(once(session)) as events:
                         async for event in events:
-                            if isinstance(event, Arrived):
-                                attempts = 0
+                            if isinstance(event, Arrived) and event.done_bytes > furthest:
+                                attempts, furthest = 0, event.done_bytes
                             yield event
                     return
                 except _Broken as broken:
@@ -97,11 +123,11 @@ class HttpFiles:
         message = f"{url.shown}: {why}; what has arrived is kept: import it again to go on from there"
         raise Refused("SERVICE_UNAVAILABLE", message, service=url.host)
 
-    async def _attempt(
+    async def _fetch_once(
         self, session: aiohttp.ClientSession, url: Url, file: Path, bytes_max: int
     ) -> AsyncGenerator[Arrived | Absent | TooLarge, None]:
         held = await in_thread(_read_held, file)
-        response = await self._ask(session, url, held)
+        response = await self._ask(session, url, request_headers(held))
         async with response:
             answer = judge(response.status, response.headers, held)
             if answer.verdict is Verdict.ABSENT:
@@ -109,6 +135,8 @@ class HttpFiles:
                 yield Absent(answer.why)
                 return
             if answer.verdict is Verdict.UNCHANGED:
+                # It may be followed by a whole body.
+                response.close()
                 yield Arrived(held.size_bytes, held.total_bytes)
                 return
             _check_answer(url, answer)
@@ -119,14 +147,25 @@ class HttpFiles:
                 async for event in events:
                     yield event
 
-    async def _ask(self, session: aiohttp.ClientSession, url: Url, held: Held) -> aiohttp.ClientResponse:
+    async def _compare_once(
+        self, session: aiohttp.ClientSession, url: Url, file: Path
+    ) -> AsyncGenerator[bool, None]:
+        held = await in_thread(_read_held, file) if await in_thread(file.exists) else None
+        response = await self._ask(session, url, whole_headers(held or Held()))
+        async with response:
+            answer = still_there(response.status, response.headers, held)
+            response.close()
+            _check_answer(url, answer)
+            yield answer.verdict is Verdict.CHANGED
+
+    async def _ask(
+        self, session: aiohttp.ClientSession, url: Url, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
         """The answer of whoever has the file. Raises _Broken, Refused."""
         target = url
         for _ in range(REDIRECTS_MAX + 1):
             self.check_allowed(target)
-            request = session.get(
-                URL(str(target), encoded=True), headers=request_headers(held), allow_redirects=False
-            )
+            request = session.get(URL(str(target), encoded=True), headers=headers, allow_redirects=False)
             try:
                 response = await request
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -157,7 +196,7 @@ async def _receive(
         yield TooLarge(max(done, total))
         return
     if not done:
-        await in_thread(_begin, file, Held(0, total, answer.validator))
+        await in_thread(_begin, file, Held(0, total, answer.validator, answer.mark))
     pieces = response.content.iter_any()
     with file.open("ab", buffering=0) as opened:
         while True:
@@ -175,18 +214,8 @@ async def _receive(
             yield Arrived(done, total)
     if total and done != total:
         raise _Broken(f"its server sent {done} of {total} bytes")
-    await in_thread(_note, file, Held(done, done, answer.validator))
+    await in_thread(_note, file, Held(done, done, answer.validator, answer.mark))
     yield Arrived(done, done)
-
-
-async def in_thread(work: Callable[..., T], *arguments: object) -> T:
-    """As asyncio.to_thread, but a cancelled caller waits until the thread has written."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
 
 
 def discard(file: Path) -> None:
@@ -218,7 +247,8 @@ def _read_held(file: Path) -> Held:
         size = file.stat().st_size
         known = Held(**json.loads(known_of(file).read_bytes()))
         total = int(known.total_bytes)
-        return Held(size, total, str(known.validator)) if not total or size <= total else Held()
+        fits = not total or size <= total
+        return Held(size, total, str(known.validator), str(known.mark)) if fits else Held()
     except (OSError, TypeError, ValueError):
         return Held()
 

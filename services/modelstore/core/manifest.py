@@ -190,10 +190,15 @@ class ImportRecord:
         return canonical(asdict(self))
 
     @classmethod
+    def unknown(cls) -> ImportRecord:
+        """Of a version whose record is missing or damaged."""
+        return cls(0, "")
+
+    @classmethod
     def from_bytes(cls, data: bytes | None) -> ImportRecord:
         """What is missing or unreadable counts as unknown: nothing depends on it."""
         try:
             value = json.loads(data or b"{}")
             return cls(int(value["created_unix_ms"]), str(value["source"]))
         except (KeyError, TypeError, ValueError):
-            return cls(0, "")
+            return cls.unknown()

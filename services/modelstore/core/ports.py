@@ -107,11 +107,11 @@ class Sources(Protocol):
         ...
 
     def head(self, file: SourceFile, size: int) -> bytes:
-        """The file's first `size` bytes, fewer when it is shorter."""
+        """The file's first `size` bytes, fewer when it is shorter. Raises Refused with SOURCE_INVALID."""
         ...
 
     def hash(self, file: SourceFile, on_bytes: BytesDone) -> str:
-        """`sha256:…` of the file."""
+        """`sha256:…` of the file. Raises Refused with SOURCE_INVALID."""
         ...
 
     def changed(self, file: SourceFile) -> bool:

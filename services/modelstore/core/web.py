@@ -48,3 +48,10 @@ class Web(Protocol):
         SOURCE_INVALID, SERVICE_UNAVAILABLE; OSError of the disk.
         """
         ...
+
+    async def changed(self, url: Url, file: str) -> bool:
+        """Whether what is at `url` is no longer what `fetch` brought to `file`, or found absent.
+
+        As far as the server tells, by ETag, date or length. Raises as `fetch`.
+        """
+        ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from loom.modelstore.v1 import modelstore_pb2_grpc as rpc
 
 from services.modelstore.app import ModelstoreService
 from services.modelstore.settings import ModelstoreSettings
+from tests.integration.modelstore.converting import converting_here
 from tokenloom.kit.channels import open_channel
 from tokenloom.kit.errors import CallError, from_rpc_error
 from tokenloom.kit.settings import load_settings
@@ -91,6 +92,13 @@ async def running(store: Path, roots: str, **settings: str) -> AsyncIterator[Hou
         await channel.close(None)
         await service.drain(0)
         await service.close()
+
+
+@pytest.fixture(name="converting_here")
+def _converting_here() -> Iterator[None]:
+    """For a test that is not about the converter's process, which takes seconds to load its libraries."""
+    with converting_here():
+        yield
 
 
 @pytest.fixture

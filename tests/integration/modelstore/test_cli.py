@@ -116,7 +116,7 @@ def test_a_modelstore_that_does_not_answer_is_named(cli):
 
 
 @pytest.fixture
-def two_versions(cli, tmp_path):
+def two_versions(cli, converting_here, tmp_path):
     """`tiny` with a version that was served, and one that is to be tried: their digests."""
     source = str(made.hf_folder(tmp_path / "tiny"))
     old = json.loads(cli("import", source, "--name", "tiny", "--json"))

@@ -230,6 +230,7 @@ def served(folder: Path, prefix: str) -> dict[str, bytes]:
     return {f"{prefix}{path.name}": path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("converting_here")
 async def test_a_folder_and_a_file_are_imported_from_urls_by_the_service(tmp_path):
     folder = made.hf_folder(tmp_path / "made", shards=2)
     gguf = made.gguf_file(tmp_path / "tiny.gguf")

@@ -74,6 +74,7 @@ async def test_a_sharded_folder_becomes_one_bfloat16_file_with_everything_a_load
     assert stages == ["read", "convert", "hash", "store"]
 
 
+@pytest.mark.usefixtures("converting_here")
 async def test_the_same_weights_as_gguf_and_as_folder_are_the_same_blob(house):
     weights = made.weights(seed=1)
     folder = made.hf_folder(house.sources / "folder", weights)

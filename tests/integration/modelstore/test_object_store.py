@@ -73,6 +73,7 @@ async def test_a_file_of_several_parts_arrives_whole_and_is_read_by_ranges(url, 
     assert await objects.read("blobs/x", 0, len(data)) == data
 
 
+@pytest.mark.usefixtures("converting_here")
 async def test_a_model_is_imported_served_verified_and_collected(house, url):
     made.hf_folder(house.sources / "tiny")
     imported, _ = await house.import_model(house.sources / "tiny", "tiny")

@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from email.utils import formatdate
 
 from aiohttp import web
 
@@ -31,6 +32,12 @@ class FileServer:
     pause_s: float = 0.0
     """Between two pieces."""
     hang: bool = False
+    modified: dict[str, int] = field(default_factory=dict)
+    """Unix seconds to date files with; who asks for newer ones gets no older ones either."""
+    changes: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Files that others become when one is asked for."""
+    conditions: bool = True
+    """Whether If-None-Match is heeded."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     """(path, Range) of every request."""
     sent_bytes: int = 0
@@ -39,6 +46,7 @@ class FileServer:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         path = request.rel_url.raw_path
         self.asked.append((path, request.headers.get("Range", "")))
+        self.files |= self.changes.pop(path, {})
         if self.statuses.get(path):
             return web.Response(status=self.statuses[path].pop(0))
         if path in self.redirects:
@@ -48,8 +56,13 @@ class FileServer:
         data = self.files[path]
         tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
         headers = ({"ETag": tag} if self.etags else {}) | self.headers
-        if self.etags and request.headers.get("If-None-Match") == tag:
+        if self.etags and self.conditions and request.headers.get("If-None-Match") == tag:
             return web.Response(status=304, headers=headers)
+        if path in self.modified:
+            headers["Last-Modified"] = formatdate(self.modified[path], usegmt=True)
+            since = request.if_modified_since
+            if since is not None and self.modified[path] <= since.timestamp():
+                return web.Response(status=304, headers=headers)
         start = self._start(request, tag)
         if start is None:
             return web.Response(status=416, headers={"Content-Range": f"bytes */{len(data)}"})

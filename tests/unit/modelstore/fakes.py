@@ -75,6 +75,7 @@ class FakeWeb:
     def __init__(self, files: Mapping[str, bytes | Exception]) -> None:
         self.files = dict(files)
         self.asked: list[str] = []
+        self.compared: list[str] = []
 
     def check_allowed(self, url: Url) -> None:
         if url.host == "forbidden":
@@ -86,6 +87,7 @@ class FakeWeb:
         self.asked.append(str(url))
         data = self.files.get(str(url))
         if data is None:
+            await asyncio.to_thread(Path(file).unlink, missing_ok=True)
             yield Absent("answers 404")
             return
         if isinstance(data, Exception):
@@ -96,3 +98,12 @@ class FakeWeb:
             return
         await asyncio.to_thread(Path(file).write_bytes, data)
         yield Arrived(len(data), len(data))
+
+    async def changed(self, url: Url, file: str) -> bool:
+        self.compared.append(str(url))
+        place = Path(file)
+
+        def held() -> bytes | None:
+            return place.read_bytes() if place.exists() else None
+
+        return bool(await asyncio.to_thread(held) != self.files.get(str(url)))

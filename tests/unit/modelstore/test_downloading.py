@@ -262,3 +262,60 @@ async def test_closing_an_import_keeps_what_has_arrived(tmp_path):
                 break
     assert kept(tmp_path) == ["m.Q4_1.gguf"]
     assert made.store.catalogue.versions == {}
+
+
+def changing(made, monkeypatch, at, **changes):
+    """The source changes when the file `at` is asked for."""
+    fetch = made.web.fetch
+
+    async def changed(url, file, bytes_max):
+        if str(url) == f"{FOLDER}{at}":
+            made.web.files |= {f"{FOLDER}{name}": data for name, data in changes.items()}
+        async for event in fetch(url, file, bytes_max):
+            yield event
+
+    monkeypatch.setattr(made.web, "fetch", changed)
+
+
+OTHER = json.dumps({**LLAMA, "rope_theta": 1.0}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("config.json", OTHER), ("chat_template.jinja", b"new"), ("tokenizer.json", None), ("README.md", None)],
+)
+async def test_a_folder_that_changes_while_it_is_fetched_is_not_imported(tmp_path, monkeypatch, name, data):
+    made = house(tmp_path, SINGLE)
+    changing(made, monkeypatch, "model.safetensors", **{name: data})
+    error = await made.refused(FOLDER)
+    assert (error.reason, error.metadata) == ("SERVICE_UNAVAILABLE", {"service": "h"})
+    assert error.message == (
+        f"h/org/model/: {name} changed while the folder was fetched, so its files may be of two revisions; "
+        "what did not change is kept: import it again, or name one revision"
+    )
+    assert made.store.catalogue.versions == {}
+    assert made.converter.jobs == []
+    assert "model.safetensors" in kept(tmp_path)
+
+
+async def test_a_folder_that_changed_is_imported_as_it_is_now_by_the_next_import(tmp_path, monkeypatch):
+    made = house(tmp_path, SINGLE)
+    changing(made, monkeypatch, "model.safetensors", **{"config.json": OTHER})
+    await made.refused(FOLDER)
+    staged = await made.run(FOLDER)
+    now = house(tmp_path / "now", {**SINGLE, f"{FOLDER}config.json": OTHER})
+    assert staged.version.digest == (await now.run(FOLDER)).version.digest
+    assert kept(tmp_path) == []
+
+
+async def test_every_file_and_every_absence_is_compared_after_the_last_was_fetched(tmp_path):
+    made = house(tmp_path, SINGLE)
+    await made.run(FOLDER)
+    assert made.web.compared == made.web.asked
+    assert f"{FOLDER}chat_template.jinja" in made.web.compared
+
+
+async def test_one_file_is_of_one_revision_and_its_url_is_asked_once(tmp_path):
+    made = house(tmp_path, {GGUF: gguf_file()})
+    await made.run(GGUF)
+    assert (made.web.asked, made.web.compared) == ([GGUF], [])

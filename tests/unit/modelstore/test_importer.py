@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import shutil
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -322,3 +324,46 @@ async def test_no_roots_allow_only_the_builtin_model(tmp_path, gguf):
     house = House(tmp_path, MemoryObjects(), roots=[])
     assert (await house.refused(gguf)).reason == "PERMISSION_DENIED"
     assert (await house.run("builtin:sim", name="sim")).created
+
+
+@pytest.mark.parametrize("method", ["head", "hash"])
+async def test_a_source_that_goes_away_meanwhile_is_the_callers_mistake(house, gguf, monkeypatch, method):
+    sources = house.importer._inspector.sources
+    found = getattr(sources, method)
+
+    def gone(file, argument):
+        gguf.unlink(missing_ok=True)
+        return found(file, argument)
+
+    monkeypatch.setattr(sources, method, gone)
+    error = await house.refused(gguf)
+    assert error.reason == "SOURCE_INVALID"
+    assert error.message == (
+        "model.Q4_1.gguf: could not be read to its end (No such file or directory); import it again"
+    )
+
+
+async def test_folders_are_made_and_removed_in_threads(tmp_path, house, gguf, monkeypatch):
+    loops_thread, seen, rmtree = threading.get_ident(), [], shutil.rmtree
+
+    def watched(path, **options):
+        seen.append(threading.get_ident())
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    url = "https://h/m.gguf"
+    await house.run(gguf)
+    await House(tmp_path, MemoryObjects(), urls={url: gguf_file()}).run(url)
+    assert len(seen) == 3
+    assert loops_thread not in seen
+
+
+async def test_what_a_killed_import_left_is_swept_also_when_nothing_is_converted(house, gguf):
+    await house.run(gguf)
+    left = house.scratch / "left"
+    left.mkdir()
+    (left / "lock").touch()
+    (left / "model.safetensors").write_bytes(b"half")
+    await house.run(gguf)
+    assert len(house.converter.jobs) == 1
+    assert not left.exists()

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+from pathlib import Path
 
 import obstore
 import pytest
@@ -137,3 +138,34 @@ def test_a_folder_that_cannot_be_used_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
         FolderObjects(tmp_path / "file" / "store")
+
+
+async def test_a_half_written_file_that_is_finished_while_it_is_swept_is_no_error(tmp_path, monkeypatch):
+    objects = FolderObjects(tmp_path)
+    (tmp_path / "a#1").write_bytes(b"")
+    (tmp_path / "b#1").write_bytes(b"")
+    for name in ("a#1", "b#1"):
+        os.utime(tmp_path / name, (1, 1))
+    lstat = Path.lstat
+
+    def finished(path):
+        if path.name == "a#1":
+            path.unlink(missing_ok=True)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", finished)
+    assert await objects.sweep(10**12) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_file_that_cannot_be_moved_into_the_store_is_the_stores_failure(tmp_path, monkeypatch):
+    objects = FolderObjects(tmp_path / "store")
+    (tmp_path / "file").write_bytes(b"x")
+
+    def read_only(path, target):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "replace", read_only)
+    with pytest.raises(StoreError) as caught:
+        await objects.adopt("blobs/x", str(tmp_path / "file"))
+    assert (caught.value.errno, caught.value.strerror) == (errno.EROFS, "Read-only file system")

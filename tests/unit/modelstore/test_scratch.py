@@ -2,7 +2,10 @@
 
 import fcntl
 import os
+import shutil
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,12 +30,13 @@ def test_a_folder_is_removed_when_its_block_fails(scratch):
     assert not folder.exists()
 
 
-def test_the_folder_of_a_process_that_was_killed_is_swept_by_the_next_import(scratch, tmp_path):
+def test_the_folder_of_a_process_that_was_killed_is_swept(scratch, tmp_path):
     left = tmp_path / "scratch" / "left"
     (left / "output").mkdir(parents=True)
     (left / "lock").touch()
     (left / "output" / "model.safetensors").write_bytes(b"half")
     with scratch.folder() as folder:
+        assert scratch.sweep() == 1
         assert not left.exists()
         assert folder.is_dir()
 
@@ -84,3 +88,42 @@ def test_a_kept_folder_in_use_is_not_removed_however_old(scratch):
         os.utime(old.path / "lock", (long_ago, long_ago))
         with scratch.kept("another"):
             assert old.path.exists()
+
+
+@pytest.mark.parametrize("at", ["open", "flock"])
+def test_a_folder_that_another_process_sweeps_before_it_is_locked_is_made_again(scratch, monkeypatch, at):
+    """Between being made and being locked it is nobody's."""
+    swept = []
+    module = {"open": os, "flock": fcntl}[at]
+    real = getattr(module, at)
+
+    def late(*arguments, **options):
+        if not swept:
+            swept.append("begun")
+            swept.append(scratch.sweep())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, at, late)
+    with scratch.folder() as folder:
+        assert folder.is_dir()
+        assert scratch.sweep() == 0
+    assert len(swept) == 2
+    assert not folder.exists()
+
+
+def test_a_sweep_that_holds_the_lock_of_a_new_folder_is_outlasted(scratch, monkeypatch):
+    holding, flock = [], fcntl.flock
+
+    def held(handle, how):
+        if not holding:
+            folder = Path(os.readlink(f"/proc/self/fd/{handle}")).parent
+            holding.append(os.open(folder / "lock", os.O_RDONLY))
+            flock(holding[0], fcntl.LOCK_EX)
+            shutil.rmtree(folder)
+            threading.Timer(0.05, os.close, holding).start()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", held)
+    with scratch.folder() as folder:
+        assert folder.is_dir()
+    assert holding

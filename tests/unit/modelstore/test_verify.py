@@ -8,7 +8,14 @@ import pytest
 from services.modelstore import verify as verify_module
 from services.modelstore.adapters.memory import MemoryObjects
 from services.modelstore.core.checks import HISTORY_MAX, check_alias_name, check_history, check_min_age
-from services.modelstore.core.manifest import File, blob_path, digest_of, make_manifest, manifest_path
+from services.modelstore.core.manifest import (
+    File,
+    blob_path,
+    digest_of,
+    import_path,
+    make_manifest,
+    manifest_path,
+)
 from services.modelstore.core.ports import Progress
 from services.modelstore.core.refusal import Refused
 from services.modelstore.store import Store
@@ -96,6 +103,9 @@ async def test_a_damaged_manifest_is_found(house):
     house.objects.data[manifest_path(version.digest)] = data
     damages, _, _ = await house.verify()
     problem = f"wrong digest: its manifest has {digest_of(data)}"
+    assert damages == [Damaged(version.digest, (version.digest,), f"{problem}; it was imported from x")]
+    del house.objects.data[import_path(version.digest)]
+    damages, _, _ = await house.verify()
     assert damages == [Damaged(version.digest, (version.digest,), problem)]
 
 
