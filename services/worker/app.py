@@ -102,6 +102,8 @@ class WorkerApp:
         self._tasks = [asyncio.create_task(self._tell_health(), name="health")]
         budget = in_words(device.budget_bytes) if device.budget_bytes else "not bounded"
         log.info("worker listens", endpoint=self._worker.endpoint, engine=settings.engine, memory=budget)
+        if not device.budget_bytes:
+            log.warning("nobody says how much memory the engines may have: set memory_bytes", on=device.kind)
 
     def readiness(self) -> str:
         """Empty when every configured model can serve, else one line why not."""

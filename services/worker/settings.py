@@ -29,6 +29,9 @@ class WorkerSettings(ServiceSettings):
     """Models that may be resident, or on their way, at once."""
     memory_bytes: int = Field(0, ge=0)
     """For the engines of all models together; 0: what is free on the device at start, less a share."""
+    process_bytes: int = Field(0, ge=0)
+    """What a reservation counts for an engine's process beside its model: libraries, and on a GPU context,
+    workspaces and graphs. 0: as measured, 512 MiB on a CPU and 2.5 GiB on a GPU."""
     loads_on_demand: bool = True
     """Whether models that `models` does not name may be loaded by command, as the batcher does."""
     min_dwell_s: float = Field(150, ge=0, le=86_400)

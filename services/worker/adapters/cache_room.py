@@ -61,15 +61,17 @@ class Room:
         needed = look.charged([mine])
         if 0 < self._bytes_max < needed:
             raise self._too_large(name, needed)
+        if self._bytes_max and look.disk_lack([]):
+            raise self._disk_full(name, look, [])
         with self._records.unused(others) as idle:
             busy = [entry for entry in others if entry not in idle]
             look.pending(busy)
             if self._fits(look, [look.strays, *others]):
                 return
-            if not self._bytes_max or look.disk_lack(busy):
-                raise self._disk_full(name, look, busy if self._bytes_max else [look.strays, *others])
+            if not self._bytes_max:
+                raise self._disk_full(name, look, [look.strays, *others])
             if not self._fits(look, busy):
-                raise self._busy(name, needed, look.charged([mine, *busy]) - needed)
+                raise self._busy(name, look, busy)
             self._evict(look, busy, [look.strays, *idle])
 
     def _fits(self, look: _Look, kept: list[Entry]) -> bool:
@@ -120,12 +122,20 @@ class Room:
         )
         return _sized("MODEL_TOO_LARGE", why, needed, self._bytes_max)
 
-    def _busy(self, name: str, needed: int, used: int) -> CallError:
+    def _busy(self, name: str, look: _Look, busy: list[Entry]) -> CallError:
+        needed = look.charged([look.mine])
+        used = look.charged([look.mine, *busy]) - needed
         free = max(0, self._bytes_max - used)
         why = (
             f"{name} needs {needed} bytes of the cache; {used} of {self._bytes_max} belong to models that "
             f"workers of this node use: unload one, or raise {SETTING}"
         )
+        if lack := look.disk_lack(busy):
+            needed, free = look.missing_bytes, max(0, look.missing_bytes - lack)
+            why = (
+                f"{name} needs {needed} more bytes under {self._blobs}, but its disk has room for {free} "
+                "beside the models that workers of this node use: unload one, or free some of it"
+            )
         about = {"needed_bytes": needed, "free_bytes": free, "budget_bytes": self._bytes_max}
         metadata = {key: str(value) for key, value in about.items()}
         return CallError("MODEL_MEMORY_BUSY", why, metadata=metadata, retry_after_s=BUSY_RETRY_S)

@@ -36,6 +36,7 @@ class TorchEngines:
             sequences_max=settings.sequences_max,
             step_tokens=settings.step_tokens,
             block_tokens=settings.block_tokens,
+            process_bytes=settings.process_bytes,
             fast_bf16=device.fast_bf16,
             widening_types=PLAIN_TYPES if kernels_built(device.cpu_features) else frozenset(),
         )

@@ -26,6 +26,7 @@ LINGER_S = 1.0
 OUTBOX_BYTES_MAX = 64 * 1024 * 1024
 """Unsent commands beyond which no sequence is submitted any more."""
 LAST_WORDS_S = 0.2
+"""For what it wrote before it ended, on its socket and on its output."""
 LAST_WORDS_CHARS = 200
 LINE_CHARS_MAX = 4096
 SOCKET_BYTES = 1024 * 1024
@@ -51,7 +52,14 @@ class ProcessLaunch:
         except BaseException:
             ours.close()
             raise
-        link = _EngineProcess(self._model, process, on_event)
+        try:
+            link = _EngineProcess(self._model, process, on_event)
+        except RuntimeError as error:
+            # No thread is to be had: without one nobody would bury it.
+            ours.close()
+            process.kill()
+            process.communicate()
+            raise OSError(f"cannot watch it: {error}") from error
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
         except BaseException:
@@ -85,6 +93,9 @@ class _EngineProcess(asyncio.Protocol):
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._cause = ""
+        self._how = ""
+        self._lost = False
+        """Whether everything that it sent was read."""
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[str] = self._loop.create_future()
         assert process.stdout is not None
@@ -128,7 +139,10 @@ class _EngineProcess(asyncio.Protocol):
             self.kill()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.ended.done():
+        self._lost = True
+        if self._how:
+            self._end()
+        elif not self.ended.done():
             self._loop.call_later(LINGER_S, self.kill)
 
     def _wait(self) -> None:
@@ -138,10 +152,18 @@ class _EngineProcess(asyncio.Protocol):
         self._from_thread(lambda: self._gone(status))
 
     def _gone(self, status: int) -> None:
+        """Why it ended may be in what it sent last, and a busy loop has not read that yet."""
+        self._how = self._cause or _how(status, self._last_line)
+        if self._lost:
+            self._end()
+        else:
+            self._loop.call_later(LAST_WORDS_S, self._end)
+
+    def _end(self) -> None:
         if self._transport is not None:
             self._transport.abort()
         if not self.ended.done():
-            self.ended.set_result(self._cause or _how(status, self._last_line))
+            self.ended.set_result(self._how)
 
     def _pump(self, lines: IO[bytes]) -> None:
         with lines:

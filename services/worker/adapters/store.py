@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -71,7 +72,13 @@ class GrpcModelStore:
         config = next((file for file in found.files if file.path == CONFIG), None)
         if config is None or not 0 < config.size_bytes <= CONFIG_BYTES_MAX:
             return found
-        data = b"".join([bytes(part) async for part in self.fetch(config.digest, 0, config.size_bytes)])
+        parts = self.fetch(config.digest, 0, config.size_bytes)
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                data = b"".join([bytes(part) async for part in parts])
+        except TimeoutError:
+            why = f"the modelstore at {self._target} brings no {CONFIG} within {ASK_TIMEOUT_S:g} s"
+            raise CallError("SERVICE_UNAVAILABLE", why, metadata={"service": "modelstore"}) from None
         return with_config(found, data)
 
     def _refusal(self, error: grpc.RpcError) -> CallError:

@@ -94,7 +94,11 @@ class WeightCache:
         """This process no longer uses a version: it may leave the cache. Harmless when it never did."""
         lease = self._leases.pop(digest, None)
         if lease is not None:
-            self._records.touch(hex_of(digest))
+            try:
+                self._records.touch(hex_of(digest))
+            except OSError as error:
+                # Another user's record, or a disk that takes nothing: then it leaves the cache sooner.
+                log.warning("last use of a version not noted", version=digest, why=str(error))
             lease.release()
 
     def _make_folders(self) -> None:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from services.worker.engine.cpu.kernels import Kernels
 from services.worker.engine.cpu.stack import KernelProduct
-from services.worker.engine.mapped import MappedFiles
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that transformers calls one after the other with the same input."""
 
+SPARE_BYTES = 256 << 20
+"""Joined on a GPU before the memory of the layers that were joined is given back. The allocator keeps it,
+and it is in pieces too small for the next product: all of them together are more than half a model."""
 ROWS_HINT = 64
 """Rows that a packed form is made for; it is right for any number."""
 ROWS_CHECKED = (1, 2, 7, 16, 33, 64, 130)
@@ -84,16 +86,17 @@ class Products:
 
     def __init__(
         self, model: nn.Module, dtype: torch.dtype, kernels: Kernels | None = None, *,
-        on_triton: bool = False, files: MappedFiles | None = None,
+        on_triton: bool = False, packed: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
         """`dtype` is that of the activations; weights in bfloat16 may be multiplied in float32.
 
-        `files`: where the weights lie until they are packed.
+        `packed` hears of so many bytes of weights that nobody reads any more.
         """
         self.kernels = kernels
         self.on_triton = on_triton
         self._dtype = dtype
-        self._files = files
+        self._packed = packed
+        self._joined_bytes = 0
         first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
         self._pack = None if first is None else _pack_for(first.weight.device, dtype, kernels)
 
@@ -111,15 +114,22 @@ class Products:
         linear = [layer for layer in layers if type(layer) is nn.Linear]
         if len(linear) < len(layers) or len({layer.bias is None for layer in linear}) > 1:
             return None
+        self._spare(linear[0].weight.device)
         bias = None if linear[0].bias is None else torch.cat([layer.bias for layer in linear])
+        self._joined_bytes += sum(layer.weight.nbytes for layer in linear)
         return self._make(torch.cat([layer.weight for layer in linear]), bias)
+
+    def _spare(self, device: torch.device) -> None:
+        if device.type == "cuda" and self._joined_bytes >= SPARE_BYTES:
+            torch.cuda.empty_cache()
+            self._joined_bytes = 0
 
     def _make(self, weight: Tensor, bias: Tensor | None) -> Product:
         given = None if bias is None else bias.detach().to(self._dtype)
         plain = _plain if weight.device.type == "cpu" else _on_device
         product = (self._pack or plain)(weight.detach(), given)
-        if self._pack is not None and self._files is not None:
-            self._files.was_read(weight.nbytes)
+        if self._pack is not None and self._packed is not None:
+            self._packed(weight.nbytes)
         return product
 
 

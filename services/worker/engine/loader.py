@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from services.worker.engine.fused import fuse, stack
 from services.worker.engine.linear import Products, arrange
 from services.worker.engine.mapped import MappedFiles
 from services.worker.engine.memory import Shape, cache_blocks, host_available_bytes
+from services.worker.engine.progress import Tell, WeightsProgress
 from services.worker.engine.support import PLAIN_TYPES, Unsupported, check_support
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +57,7 @@ class LoadedModel:
         return replace(self, blocks=blocks)
 
 
-def load(config: EngineConfig, progress: Callable[[str, float], None]) -> LoadedModel:
+def load(config: EngineConfig, progress: Tell) -> LoadedModel:
     """Raises EngineError."""
     folder = Path(config.model_dir)
     raw = _read_config(folder)
@@ -81,12 +81,17 @@ def load(config: EngineConfig, progress: Callable[[str, float], None]) -> Loaded
         step_tokens_max=config.step_tokens_max,
         on_device=device.type != "cpu",
     )
-    progress("weights", 0.1)
-    model = _random(folder, held, device) if random else _stored(folder, held, device)
-    progress("layout", 0.7)
+    counted = WeightsProgress(progress, shape.weight_bytes)
+    model = _random(folder, held, device) if random else _stored(folder, held, device, counted)
     on_triton = _on_triton(device)
     files = None if random or device.type != "cpu" else MappedFiles(folder)
-    products = Products(model, dtype, kernels, on_triton=on_triton, files=files)
+
+    def packed(size_bytes: int) -> None:
+        counted.came(size_bytes)
+        if files is not None:
+            files.was_read(size_bytes)
+
+    products = Products(model, dtype, kernels, on_triton=on_triton, packed=packed)
     fuse(model, products)
     arrange(model, products)
     if held is not dtype:
@@ -95,6 +100,9 @@ def load(config: EngineConfig, progress: Callable[[str, float], None]) -> Loaded
         stack(model, kernels)
     if files is not None:
         files.let_go()
+    if device.type == "cuda":
+        # What was joined or widened is gone, and the KV cache comes next.
+        torch.cuda.empty_cache()
     return LoadedModel(model, device, dtype, shape, blocks, kernels, on_triton)
 
 
@@ -231,7 +239,9 @@ def _product(sizes: list[int]) -> int:
     return total
 
 
-def _stored(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _stored(
+    folder: Path, dtype: torch.dtype, device: torch.device, counted: WeightsProgress
+) -> PreTrainedModel:
     attention.register()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -255,10 +265,21 @@ def _stored(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTraine
             f"{len(mismatched)} weights have another shape than config.json says, {name} the first: "
             f"{list(stored)} is stored, {list(wanted)} is wanted"
         )
+    model.eval().requires_grad_(False)
     try:
-        return model.eval().requires_grad_(False).to(device)
+        if device.type != "cpu":
+            _copy(model, device, counted)
+        return model.to(device)
     except torch.OutOfMemoryError as error:
         raise _no_room(device, error) from error
+
+
+def _copy(model: nn.Module, device: torch.device, counted: WeightsProgress) -> None:
+    """Module by module, the innermost first, so that it can be told how far it is."""
+    for module in reversed(list(model.modules())):
+        sizes = [p.nbytes for p in module.parameters(recurse=False) if p.device != device]
+        module.to(device)
+        counted.came(sum(sizes))
 
 
 def _random(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

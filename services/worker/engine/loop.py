@@ -20,6 +20,7 @@ from services.worker.engine.errors import EngineError, load_failed
 from services.worker.engine.host import spare_collections
 from services.worker.engine.loader import LoadedModel, load
 from services.worker.engine.pipeline import depth_of, make_pipeline
+from services.worker.engine.progress import STARTED, WEIGHTS_TO
 from services.worker.engine.room import fitted
 from services.worker.engine.warmup import warm_up
 from services.worker.link import GONE, FrontLink
@@ -62,12 +63,13 @@ class EngineLoop:
                     self._link.send(engine.now(refused))
 
     def _start(self) -> Engine:
-        self._link.send(Progress("start", 0.0))
-        loaded = fitted(self._load(), self._config)
-        engine = Engine(loaded, self._config, time.monotonic_ns)
-        self._link.send(Progress("warm-up", 0.9))
-        warm_up(engine)
-        spare_collections()
+        with self._link.ends_with_front():
+            self._link.send(Progress("start", STARTED))
+            loaded = fitted(self._load(), self._config)
+            engine = Engine(loaded, self._config, time.monotonic_ns)
+            self._link.send(Progress("warm-up", WEIGHTS_TO))
+            warm_up(engine)
+            spare_collections()
         self._link.send(engine.ready())
         return engine
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from services.worker.core.blocks import blocks_for
 from services.worker.engine.errors import too_large
 
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 CPU_SHARE = 0.25
 """Of the host memory left beside the weights, unless `kv_cache_bytes` says otherwise."""
 CPU_CACHE_BYTES_MAX = 4 << 30
@@ -39,13 +41,13 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.element_bytes
 
 
-def host_available_bytes() -> int:
-    """Free host memory, or what the control group leaves of it."""
-    free = _meminfo_available()
-    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
+def host_available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
+    """Free host memory, or what the control group leaves of it. Raises OSError where nobody says."""
+    free_bytes, limit = _meminfo_available(meminfo), _number(cgroup / "memory.max")
     if limit is None:
-        return free
-    return max(0, min(free, limit - (used or 0)))
+        return free_bytes
+    used_bytes = (_number(cgroup / "memory.current") or 0) - _file_cache_bytes(cgroup / "memory.stat")
+    return max(0, min(free_bytes, limit - max(0, used_bytes)))
 
 
 def cache_blocks(
@@ -86,15 +88,27 @@ def device_blocks(
     return min(whole, left_bytes // block_bytes)
 
 
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+def _meminfo_available(meminfo: Path) -> int:
+    for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo names no MemAvailable")
+    raise OSError(f"{meminfo} names no MemAvailable")
 
 
-def _number(path: str) -> int | None:
+def _file_cache_bytes(stat: Path) -> int:
+    """What the kernel takes back when others need it: files that were read or written, as just fetched ones.
+
+    MemAvailable leaves it out too, while `memory.current` has it.
+    """
     try:
-        return int(Path(path).read_text())
+        fields = [line.split() for line in stat.read_text().splitlines()]
+    except OSError:
+        return 0
+    return sum(int(field[1]) for field in fields if field[0] in ("active_file", "inactive_file"))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
     except (OSError, ValueError):
         return None

@@ -305,8 +305,10 @@ class Engine:
                 if not link.ended.done() and (overdue := self._overdue(started_s)):
                     link.kill()
             if not link.ended.done():
-                link.send(Shutdown())
-                await asyncio.wait({link.ended}, timeout=STOP_GRACE_S)
+                # One that loads reads no commands.
+                if self.state is EngineState.READY:
+                    link.send(Shutdown())
+                    await asyncio.wait({link.ended}, timeout=STOP_GRACE_S)
                 link.kill()
             return overdue or await link.ended, self.state is EngineState.READY
         finally:

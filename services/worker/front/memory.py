@@ -47,6 +47,8 @@ class Terms:
     sequences_max: int
     step_tokens: int
     block_tokens: int
+    process_bytes: int = 0
+    """Of each engine beside its model; 0: as measured for this kind of device."""
     fast_bf16: bool = False
     """Whether this CPU multiplies bfloat16 in hardware."""
     widening_types: frozenset[str] = frozenset()
@@ -69,11 +71,12 @@ def reserve(version: ModelVersion, terms: Terms, budget_bytes: int, *, whole: bo
     # A change of dtype has the files' numbers beside its own; packing has a few copies of one weight.
     converted = max(version.stored_bytes, weight_bytes)
     packed = min(weight_bytes, LOADING_TENSORS * embedding_bytes)
+    usual_bytes = CPU_PROCESS_BYTES if on_cpu else CUDA_PROCESS_BYTES
     needs = Reservation(
         weights_bytes=weight_bytes + (embedding_bytes if on_cpu and version.tied else 0),
         step_bytes=_step_bytes(version, terms, token_bytes),
         loading_bytes=(packed if held == version.dtype else converted) if on_cpu else 0,
-        process_bytes=CPU_PROCESS_BYTES if on_cpu else CUDA_PROCESS_BYTES,
+        process_bytes=terms.process_bytes or usual_bytes,
     )
     left_bytes = max(0, budget_bytes - needs.total_bytes) if budget_bytes else None
     if whole and not terms.kv_cache_bytes:

@@ -5,8 +5,8 @@ by rpc must exist. A load that began goes on when its caller leaves, and a secon
 one. Who leaves for whom, who waits and who is refused, `residency.py` decides; here its decisions are
 carried out. A model's files are fetched while others still leave for it; its engine starts when its
 memory is reserved, and that is given back when the engine's process is gone. Bounds: `models_max` at
-once, `evict_grace_s` for the sequences of an evicted model, `failed_keep_s` for the memory of a failure,
-`resolve_backoff_max_s` between questions.
+once, `evict_grace_s` for the sequences of an evicted model, `failed_keep_s` for the memory of a failure
+and until a model of the settings is tried again, `resolve_backoff_max_s` between questions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from dataclasses import dataclass
 from services.worker.front.engine import Engine
 from services.worker.front.memory import Budget
 from services.worker.front.ports import Engines, Launch, ModelStore, ModelVersion, Weights
-from services.worker.front.refusals import leaves, not_admitted, not_on_demand, not_resident, waits_for_memory
+from services.worker.front.refusals import (
+    leaves,
+    not_admitted,
+    not_on_demand,
+    not_resident,
+    too_large_together,
+    waits_for_memory,
+)
 from services.worker.front.reservation import Reservation, in_words
-from services.worker.front.residency import Admitted, Residency
+from services.worker.front.residency import Admitted, Residency, Use
 from services.worker.front.resident import Resident, Stage
 from tokenloom.kit.clock import Clock
 from tokenloom.kit.errors import CallError
@@ -74,7 +81,7 @@ class Models:
         self._residents: dict[str, Resident] = {}
         self._wanted: dict[str, str] = {}
         self._sole = False
-        self._obtaining: list[asyncio.Task[None]] = []
+        self._obtaining: set[asyncio.Task[None]] = set()
 
     @property
     def budget_bytes(self) -> int:
@@ -97,8 +104,7 @@ class Models:
     def start(self, entries: Iterable[str]) -> None:
         """Make the entries of the settings resident, as soon as the modelstore knows them."""
         for entry in entries:
-            self._wanted[entry] = f"model {entry}: not asked for yet"
-            self._obtaining.append(asyncio.create_task(self._obtain(entry), name=f"obtain {entry}"))
+            self._want(entry)
         self._sole = len(self._obtaining) == 1
 
     def missing(self) -> str:
@@ -108,12 +114,14 @@ class Models:
         """
         configured = [resident for resident in self._residents.values() if resident.configured]
         for resident in configured:
-            if resident.stage is Stage.FAILED:
+            if resident.stage is Stage.FAILED and not resident.tried_again:
                 return f"failed: model {resident.version.name}: {resident.error}"
         for why in sorted(self._wanted.values(), key=lambda why: not why.startswith("failed: ")):
             return why
         for resident in configured:
             stage = resident.stage
+            if stage is Stage.FAILED:
+                return f"model {resident.version.name}: {resident.error}; it is tried again"
             if stage is Stage.LOADING and not resident.granted.is_set():
                 return waits_for_memory(resident.version.name, self._names_leaving())
             if stage in (Stage.FETCHING, Stage.LOADING):
@@ -122,7 +130,7 @@ class Models:
 
     async def load(self, digest: str, *, evict: bool = False) -> Resident:
         """Make a version resident and return once it can serve. Raises CallError when it cannot."""
-        resident = await self._begun(digest, evict)
+        resident = await self._begun(digest, evict=evict)
         await resident.settled.wait()
         if resident.error is not None:
             raise resident.error
@@ -147,40 +155,50 @@ class Models:
         await asyncio.gather(*(r.engine.stop() for r in self._residents.values()))
         self._residents.clear()
 
-    async def _begun(self, digest: str, evict: bool) -> Resident:
-        """The version's load, begun by this call or before."""
-        version: ModelVersion | None = None
+    async def _begun(
+        self,
+        digest: str,
+        version: ModelVersion | None = None,
+        *,
+        evict: bool = False,
+        configured: bool = False,
+    ) -> Resident:
+        """The version's load, begun by this call or before. `version`: when the store was asked already."""
         while True:
             known = self._residents.get(digest)
             if known is not None and known.leaving is not None:
                 await asyncio.wait({known.leaving})
             elif known is not None and known.stage is not Stage.FAILED:
+                known.configured = known.configured or configured
                 return known
             elif known is not None and not known.released.is_set():
                 await known.released.wait()
             elif version is not None:
-                return self._begin(version, evict=evict)
+                return self._begin(version, evict=evict, configured=configured)
             elif not self.bounds.loads_on_demand:
                 raise not_on_demand(digest)
             else:
                 version = await self._store.get_version(digest)
+
+    def _want(self, entry: str) -> None:
+        self._wanted[entry] = f"model {entry}: not asked for yet"
+        task = asyncio.create_task(self._obtain(entry), name=f"obtain {entry}")
+        self._obtaining.add(task)
+        task.add_done_callback(self._obtaining.discard)
 
     async def _obtain(self, entry: str) -> None:
         pause_s, said = RESOLVE_BACKOFF_FIRST_S, ""
         while True:
             try:
                 version = await self._store.resolve(entry)
-                known = self._residents.get(version.digest)
-                if known is None:
-                    self._begin(version, configured=True)
-                else:
-                    known.configured = True
+                await self._begun(version.digest, version, configured=True)
             except CallError as error:
-                hopeless = "failed: " if error.reason == "MODEL_TOO_LARGE" else ""
-                self._wanted[entry] = f"{hopeless}model {entry}: {error.message}"
+                hopeless = error.reason == "MODEL_TOO_LARGE"
+                self._wanted[entry] = f"{'failed: ' if hopeless else ''}model {entry}: {error.message}"
                 if said != error.message:
                     said = error.message
-                    log.warning("model not to be had yet", model=entry, reason=error.reason, why=said)
+                    tell = log.error if hopeless else log.warning
+                    tell("model not to be had", model=entry, reason=error.reason, why=said)
                     self._changed()
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, self.bounds.resolve_backoff_max_s)
@@ -192,7 +210,9 @@ class Models:
     def _begin(self, version: ModelVersion, *, evict: bool = False, configured: bool = False) -> Resident:
         """Reserve memory for a version, or a place among those who wait for it. Raises CallError."""
         reservation = self._engines.reserve(version, self.budget_bytes, whole=configured and self._sole)
-        answer = self._admit(version, reservation, evict)
+        if configured:
+            self._check_together(version, reservation)
+        answer = self._admit(version, reservation, evict, configured)
         self._forget(version.digest)
         engine = self._make_engine(version, self._engines.launcher(version, reservation))
         dwell_s = self.bounds.min_dwell_s
@@ -207,15 +227,32 @@ class Models:
         self._changed()
         return resident
 
-    def _admit(self, version: ModelVersion, reservation: Reservation, evict: bool) -> Admitted:
+    def _check_together(self, version: ModelVersion, reservation: Reservation) -> None:
+        """Raises MODEL_TOO_LARGE when the models of the settings can never all be here."""
+        others = [r for r in self._residents.values() if r.configured and r.stage is not Stage.FAILED]
+        sizes = {r.version.name: r.reservation.total_bytes for r in others}
+        if self.budget_bytes and sizes and reservation.total_bytes <= self.budget_bytes:
+            sizes[version.name] = reservation.total_bytes
+            if sum(sizes.values()) > self.budget_bytes:
+                raise too_large_together(sizes, self.budget_bytes)
+
+    def _admit(
+        self, version: ModelVersion, reservation: Reservation, evict: bool, configured: bool
+    ) -> Admitted:
         """Raises MODEL_TOO_LARGE or MODEL_MEMORY_BUSY."""
-        bounds = self.bounds
+        bounds, evict = self.bounds, evict or configured
+
+        def use_of(other: str) -> Use:
+            # What the settings name has the memory before what came by command, and not before its like.
+            known = self._residents[other]
+            return Use() if configured and known.configured else known.use
+
         answer = self._residency.ask(
             version.digest,
             reservation.total_bytes,
             evict=evict,
             now_s=self._clock.monotonic(),
-            use_of=lambda other: self._residents[other].use,
+            use_of=use_of,
         )
         if not isinstance(answer, Admitted):
             most, dwell_s = bounds.models_max, bounds.min_dwell_s
@@ -259,11 +296,14 @@ class Models:
         await resident.engine.stop()
         self._release(resident)
         self._bound_failures()
-        if not resident.configured:
-            await asyncio.sleep(self.bounds.failed_keep_s)
-            if self._residents.get(version.digest) is resident:
-                del self._residents[version.digest]
-                self._changed()
+        if resident.configured and not resident.tried_again:
+            return
+        await asyncio.sleep(self.bounds.failed_keep_s)
+        if self._residents.get(version.digest) is resident:
+            del self._residents[version.digest]
+            if resident.configured:
+                self._want(f"{version.name}@{version.digest}")
+            self._changed()
 
     async def _bring(self, resident: Resident) -> None:
         """Files, memory, engine. Raises CallError or OSError."""
@@ -272,7 +312,15 @@ class Models:
             resident.fetched = fraction
             self._changed()
 
-        folder = await self._weights.folder(resident.version, progress)
+        may_leave = not resident.granted.is_set()
+        try:
+            folder = await self._weights.folder(resident.version, progress)
+        except CallError as error:
+            if not may_leave or error.reason != "MODEL_MEMORY_BUSY":
+                raise
+            # No room on the disk beside the files of those that leave for it: theirs go when they are gone.
+            await resident.granted.wait()
+            folder = await self._weights.folder(resident.version, progress)
         resident.fetching = False
         self._changed()
         await resident.granted.wait()
@@ -321,9 +369,9 @@ class Models:
         """Its process is gone: its memory is for those who wait, and its files may leave the disk."""
         if not resident.released.is_set():
             resident.released.set()
-            self._weights.release(resident.version.digest)
             for digest in self._residency.gone(resident.version.digest):
                 self._residents[digest].granted.set()
+            self._weights.release(resident.version.digest)
         self._changed()
 
     def _forget(self, digest: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from services.worker.front.ports import ModelVersion
 from services.worker.front.reservation import Reservation, in_words
@@ -62,6 +62,18 @@ def not_admitted(
     retry_s = max(RETRY_LEAST_S, answer.retry_s)
     message = f"{what}: {_cure(answer, evict, min_dwell_s)}"
     return CallError("MODEL_MEMORY_BUSY", message, metadata=sizes, retry_after_s=retry_s)
+
+
+def too_large_together(sizes: Mapping[str, int], budget_bytes: int) -> CallError:
+    """Models of the settings, by name, each of which would fit alone. MODEL_TOO_LARGE."""
+    needed = sum(sizes.values())
+    each = ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items())
+    message = (
+        f"the models of the settings need {in_words(needed)} together ({each}) and this worker has "
+        f"{in_words(budget_bytes)} in all: name fewer in models, raise memory_bytes, or lower kv_cache_bytes"
+    )
+    about = {"needed_bytes": str(needed), "available_bytes": str(budget_bytes)}
+    return CallError("MODEL_TOO_LARGE", message, metadata=about)
 
 
 def _cure(answer: Busy, evict: bool, min_dwell_s: float) -> str:

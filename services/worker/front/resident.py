@@ -82,6 +82,11 @@ class Resident:
         return self.failure or self.engine.error
 
     @property
+    def tried_again(self) -> bool:
+        """Whether a failure is one that passes, of a model that the settings want."""
+        return self.configured and self.error is not None and self.error.retriable
+
+    @property
     def reserved_bytes(self) -> int:
         """What it has of the worker's memory now; 0 while it waits for that."""
         held = self.granted.is_set() and not self.released.is_set()

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loom.worker.v1 import worker_pb2
 
 from tests.integration.worker.harness import FakeModelStore, Running, digest_of, run_worker
-from tests.integration.worker.processes import engines_of
+from tests.integration.worker.processes import engines_of, until
 from tokenloom.kit.errors import CallError
 
 NAMES = ("one", "two", "three", "four")
@@ -196,3 +197,21 @@ async def test_failed_load_leaves_nothing_behind(tmp_path: Path) -> None:
         assert worker.app.readiness() == ""
         await worker.client.report_when(lambda r: not r.models)
         assert engines_of() == []
+
+
+async def test_worker_whose_model_can_never_fit_is_not_ready_and_says_why_with_figures(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    why = (
+        "model one needs 1,000 bytes (weights 1,000 bytes) and this worker has 500 bytes in all: "
+        "raise memory_bytes, or lower kv_cache_bytes"
+    )
+    async with worker_for(0, models="one", ready=False) as worker:
+        await until(lambda: worker.app.readiness() == f"failed: model one: {why}")
+        health = health_pb2_grpc.HealthStub(worker.channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        said = [line for line in capsys.readouterr().out.splitlines() if "model not to be had" in line]
+        assert len(said) == 1, "tried again and again, told once"
+        assert "error" in said[0]
+        assert why in said[0]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from loom.worker.v1 import worker_pb2
 
+from services.worker.adapters import store as store_adapter
 from services.worker.adapters.process import ProcessLaunch
 from services.worker.adapters.store import GrpcModelStore
 from services.worker.adapters.weights import WeightCache
 from services.worker.front.ports import FileRef, ModelVersion
+from services.worker.protocol import Event, Failed, encode
 from tests.integration.worker.harness import (
     VERSION,
     FakeModelStore,
@@ -54,6 +58,29 @@ async def test_engine_process_that_ends_at_once_says_why() -> None:
     launch = ProcessLaunch("m", lambda folder: ["-c", "import sys; sys.exit('out of luck')"])
     link = await launch("", lambda event: None)
     assert await asyncio.wait_for(link.ended, 10) == "exit status 1: out of luck"
+
+
+async def test_what_an_engine_said_last_is_heard_though_the_front_was_busy_when_it_ended() -> None:
+    frame = encode(Failed("MODEL_UNSUPPORTED", "an odd layer"))
+    code = f"import os, sys; os.write(int(sys.argv[2]), {frame!r}); os._exit(1)"
+    heard: list[Event] = []
+    link = await ProcessLaunch("busy", lambda folder: ["-c", code])("", heard.append)
+    # The loop stands still until the process is gone and the thread that buries it has said so.
+    for thread in threading.enumerate():
+        if thread.name == "wait busy":
+            thread.join()
+    assert await asyncio.wait_for(link.ended, 10) == "exit status 1"
+    assert heard == [Failed("MODEL_UNSUPPORTED", "an odd layer")]
+
+
+async def test_engine_that_nobody_can_watch_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(OSError, match="can't start new thread"):
+        await ProcessLaunch("m", lambda folder: ["-c", "import time; time.sleep(60)"])("", lambda event: None)
+    assert not engines_of(kind="time.sleep(60)")
 
 
 async def test_engine_that_speaks_another_protocol_is_killed() -> None:
@@ -159,6 +186,27 @@ async def cache_of(store: FakeModelStore, cache_dir: Path) -> AsyncIterator[Weig
 def version_of(*files: tuple[str, bytes]) -> ModelVersion:
     refs = tuple(FileRef(path, digest_of(data), len(data)) for path, data in files)
     return ModelVersion(VERSION, "m", 128, 512, files=refs)
+
+
+async def test_store_that_brings_no_configuration_is_named_within_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Silent(FakeModelStore):
+        async def FetchBlob(self, request: object, call: object) -> AsyncIterator[Any]:
+            await asyncio.Event().wait()
+            yield
+
+    monkeypatch.setattr(store_adapter, "ASK_TIMEOUT_S", 0.05)
+    store = Silent()
+    store.add_sim()
+    store.models["sim"].manifest.files.add(path="config.json", digest=digest_of(b"{}"), size_bytes=2)
+    async with serve_store(store) as target:
+        channel = open_channel(target)
+        with pytest.raises(CallError) as silent:
+            await asyncio.wait_for(GrpcModelStore(channel, target).get_version(VERSION), 10)
+        await channel.close(None)
+    assert silent.value.message == f"the modelstore at {target} brings no config.json within 0.05 s"
+    assert (silent.value.reason, silent.value.retriable) == ("SERVICE_UNAVAILABLE", True)
 
 
 async def test_files_are_fetched_once_and_laid_out(tmp_path: Path) -> None:

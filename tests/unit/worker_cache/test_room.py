@@ -187,8 +187,13 @@ async def test_a_full_disk_makes_versions_leave_when_a_bound_is_set(tmp_path, mo
     await bring(cache, MODELS["b"])
     assert here(tmp_path) == "b"
     await bring(cache, MODELS["b"], keep=True)
-    with pytest.raises(CallError, match="room for 0"):
+    with pytest.raises(CallError, match="room for 0 beside the models that workers of this node use") as busy:
         await bring(cache, MODELS["c"])
+    assert busy.value.reason == "MODEL_MEMORY_BUSY", "it fits once b is unloaded"
+    assert busy.value.metadata == {"needed_bytes": "5000", "free_bytes": "0", "budget_bytes": "15000"}
+    with pytest.raises(CallError, match=r"needs 10000 more bytes .* room for 5000: free some") as never:
+        await bring(cache, version_of("two", BLOBS["c"], BLOBS["d"]))
+    assert never.value.reason == "MODEL_TOO_LARGE"
 
 
 async def test_what_is_linked_from_the_store_takes_no_room(tmp_path):

@@ -263,3 +263,17 @@ async def test_a_blob_that_the_store_does_not_have_is_fetched(tmp_path):
     cache = tmp_path / "cache"
     folder = await cache_of(cache, source, store_dir=store).folder(MODEL, silent)
     assert files_in(cache / folder) == [BIG, SMALL, b""]
+
+
+async def test_a_version_whose_last_use_cannot_be_noted_is_given_free_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("another user's")
+
+    cache = cache_of(tmp_path, Source.of(BIG, SMALL, b""))
+    await cache.folder(MODEL, silent)
+    lease = FileLock(tmp_path / "versions" / f"{MODEL.digest.removeprefix('sha256:')}.lease")
+    assert not lease.try_acquire()
+    monkeypatch.setattr(os, "utime", refuse)
+    cache.release(MODEL.digest)
+    assert lease.try_acquire()
+    lease.release()

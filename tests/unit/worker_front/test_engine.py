@@ -259,5 +259,14 @@ async def test_stop_asks_the_engine_to_end() -> None:
     assert (engine.state, launch.count) == (EngineState.STOPPED, 1)
 
 
+async def test_stop_ends_an_engine_that_loads_at_once_for_it_reads_no_commands() -> None:
+    launch = FakeLaunch()
+    engine = make_engine(launch)
+    engine.start("folder")
+    link = await launch.next()
+    await engine.stop()
+    assert (link.commands, link.killed, engine.state) == ([], True, EngineState.STOPPED)
+
+
 def test_pauses_grow_to_their_bound() -> None:
     assert [backoff_s(deaths, 1.0) for deaths in (1, 2, 3, 4, 5, 500)] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]

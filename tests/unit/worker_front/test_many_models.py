@@ -67,6 +67,27 @@ async def test_evicted_model_is_gone_before_the_new_engine_starts() -> None:
     await made.close()
 
 
+async def test_files_that_fit_only_once_the_evicted_model_is_gone_are_fetched_then() -> None:
+    made = await full_world()
+    made.weights_error = CallError("MODEL_MEMORY_BUSY", "the cache is full", retry_after_s=10)
+    loading = asyncio.create_task(made.models.load(D.digest, evict=True))
+    await turns()
+    assert made.resident("d").stage is Stage.FETCHING, "a leaves, and its files with it"
+    made.weights_error = None
+    await made.gone("a")
+    (await made.launch.next()).say(READY)
+    assert (await loading).stage is Stage.READY
+    await made.close()
+
+
+async def test_files_that_do_not_fit_though_nobody_leaves_fail_the_load_at_once() -> None:
+    made = world()
+    made.weights_error = CallError("MODEL_MEMORY_BUSY", "the cache is full", retry_after_s=10)
+    with pytest.raises(CallError, match="the cache is full"):
+        await made.models.load(A.digest, evict=True)
+    await made.close()
+
+
 async def test_files_are_in_use_until_the_engine_process_is_gone() -> None:
     made = world()
     await made.load(A)

@@ -104,6 +104,14 @@ def test_stated_cache_is_taken_as_it_is() -> None:
     assert asked.kv_cache_bytes == asked.cache_bytes == 77 * MIB
 
 
+def test_stated_process_is_taken_as_it_is() -> None:
+    for terms, usual in ((CPU, memory.CPU_PROCESS_BYTES), (CUDA, memory.CUDA_PROCESS_BYTES)):
+        assert reserve(SMOL, terms, 20 * GIB).process_bytes == usual
+        assert reserve(SMOL, replace(terms, process_bytes=MIB), 20 * GIB).process_bytes == MIB
+    engines = TorchEngines(settings(process_bytes=7 * MIB), Device("cuda", 70 * GIB))
+    assert engines.reserve(SMOL, 70 * GIB, whole=False).process_bytes == 7 * MIB
+
+
 def test_only_model_of_a_gpu_has_all_of_it_and_sizes_its_own_cache() -> None:
     asked = reserve(SMOL, CUDA, 70 * GIB, whole=True)
     assert (asked.total_bytes, asked.kv_cache_bytes) == (70 * GIB, 0)

@@ -11,7 +11,7 @@ from tests.unit.worker_front.fakes import READY, make_sequence, until
 from tests.unit.worker_front.world import World, version
 from tokenloom.kit.errors import CallError
 
-A, B = (version(letter) for letter in "ab")
+A, B, C = (version(letter, 1 << 30) for letter in "abc")
 
 
 async def test_model_passes_through_its_stages() -> None:
@@ -164,4 +164,81 @@ async def test_worker_without_configured_models_is_ready_whatever_it_loads() -> 
     await until(lambda: world.models.get(A.digest) is not None)
     assert world.models.missing() == ""
     loading.cancel()
+    await world.close()
+
+
+async def test_configured_model_whose_fetch_broke_off_is_tried_again_by_itself() -> None:
+    world = World(failed_keep_s=0.05)
+    world.known[f"a@{A.digest}"] = A
+    why = "the modelstore at 1.2.3.4:9200 cannot be reached"
+    world.weights_error = CallError("SERVICE_UNAVAILABLE", why)
+    world.models.start(["a"])
+    await until(lambda: "tried again" in world.models.missing())
+    assert world.models.missing() == f"model a: {why}; it is tried again"
+    world.weights_error = None
+    (await world.launch.next()).say(READY)
+    await until(lambda: world.models.missing() == "")
+    assert world.resident("a").configured
+    assert not world.models._obtaining, "nothing is left of the tries"
+    await world.close()
+
+
+async def test_configured_model_that_a_command_failed_to_load_is_loaded_and_awaited() -> None:
+    world = World(failed_keep_s=0.0)
+    world.weights_error = CallError("DIGEST_MISMATCH", "wrong bytes")
+    with pytest.raises(CallError, match="wrong bytes"):
+        await world.models.load(A.digest)
+    world.weights_error = None
+    world.models.start(["a"])
+    link = await world.launch.next()
+    assert "a is loading" in world.models.missing()
+    link.say(READY)
+    await until(lambda: world.models.missing() == "")
+    assert world.resident("a").stage is Stage.READY
+    await world.close()
+
+
+async def test_configured_model_that_is_leaving_is_loaded_again() -> None:
+    world = World()
+    await world.load(A)
+    unloading = asyncio.create_task(world.models.unload(A.digest))
+    await until(lambda: world.resident("a").stage is Stage.DRAINING)
+    world.models.start(["a"])
+    await world.gone("a")
+    await unloading
+    assert world.models.missing() != ""
+    (await world.launch.next()).say(READY)
+    await until(lambda: world.models.missing() == "")
+    await world.close()
+
+
+async def test_configured_models_that_fit_only_one_by_one_are_refused_with_their_figures() -> None:
+    two = World(2, version("a", 3 << 30), version("b", 2 << 30), budget_bytes=4 << 30)
+    two.models.start(["a"])
+    (await two.launch.next()).say(READY)
+    two.models.start(["b"])
+    await until(lambda: two.models.missing().startswith("failed: "))
+    assert two.models.missing() == (
+        "failed: model b: the models of the settings need 5.00 GiB (5,368,709,120 bytes) together "
+        "(a 3.00 GiB (3,221,225,472 bytes), b 2.00 GiB (2,147,483,648 bytes)) and this worker has 4.00 GiB "
+        "(4,294,967,296 bytes) in all: name fewer in models, raise memory_bytes, or lower kv_cache_bytes"
+    )
+    assert two.resident("a").stage is Stage.READY, "what fits is served"
+    await two.close()
+
+
+async def test_configured_model_has_the_memory_before_one_that_came_by_command() -> None:
+    world = World(3, A, B, C, budget_bytes=2 << 30, min_dwell_s=10.0)
+    world.models.start(["a"])
+    world.links["a"] = await world.launch.next()
+    world.links["a"].say(READY)
+    await world.load(B)
+    world.clock.advance(9)
+    world.models.start(["c"])
+    await until(lambda: "may be evicted for another 1.0 s" in world.models.missing())
+    world.clock.advance(1)
+    await world.gone("b")
+    (await world.launch.next()).say(READY)
+    await until(lambda: world.models.missing() == "")
+    assert sorted(one.version.name for one in world.models.all()) == ["a", "c"]
     await world.close()

@@ -147,4 +147,13 @@ def test_available_memory_is_what_machine_and_container_both_leave(tmp_path: Pat
     assert available_bytes(meminfo, tmp_path) == 2000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(meminfo, tmp_path) == 4096
-    assert available_bytes(tmp_path / "none", tmp_path / "none") == 0
+    assert available_bytes(tmp_path / "none", tmp_path / "none") is None
+
+
+def test_files_in_the_page_cache_are_no_memory_that_a_container_lacks(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 10 kB\nMemAvailable:       8 kB\n")
+    (tmp_path / "memory.max").write_text("6000\n")
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 700\nfile 4000\ninactive_file 3000\nactive_file 1000\n")
+    assert available_bytes(meminfo, tmp_path) == 5000
