@@ -95,8 +95,9 @@ class BatcherApp:
         if not self._started:
             return
         await self._fleet.close()
-        await self._loader.close()
+        # Before the loader: its timer asks for loads.
         self._driver.close()
+        await self._loader.close()
         await self._server.stop(STOP_GRACE_S)
         await self._health.close()
         self._metrics.close()

@@ -35,6 +35,7 @@ DROPPED = {
     "DRAINING": "rejected-shutting-down",
     "TENANT_OVER_SHARE": "rejected-saturated",
     "MODEL_NOT_READY": "rejected-no-endpoints",
+    "MODEL_MEMORY_BUSY": "rejected-no-endpoints",
     "SHED": "evicted-priority",
 }
 

@@ -20,6 +20,7 @@ from tokenloom.kit.logs import get_logger
 
 LOADS_MAX = 256
 BUSY_RETRY_S = 1.0
+DEFECT_RETRY_S = 10.0
 METHOD = "/loom.worker.v1.WorkerService/LoadModel"
 
 log = get_logger(__name__)
@@ -51,7 +52,13 @@ class GrpcLoader:
             listener.load_ended(endpoint, model, Verdict("QUEUE_FULL", why, {}, BUSY_RETRY_S))
             return
         log.info("model is to be loaded", worker=endpoint, version=model)
-        verdict = await self._ask(endpoint, model)
+        try:
+            verdict = await self._ask(endpoint, model)
+        except Exception as error:
+            # A defect of ours must not leave the model without an answer, and so unasked for, for good.
+            log.exception("load failed", worker=endpoint, version=model)
+            why = f"{endpoint} cannot be asked: {error}"
+            verdict = Verdict("SERVICE_UNAVAILABLE", why, {}, DEFECT_RETRY_S)
         if verdict is None:
             log.info("model loaded", worker=endpoint, version=model)
         else:
@@ -66,14 +73,12 @@ class GrpcLoader:
 
     async def _ask(self, endpoint: str, model: str) -> Verdict | None:
         request = worker_pb2.LoadModelRequest(version=model, evict=True).SerializeToString()
-        channel = open_channel(endpoint)
         try:
-            method: Any = channel.unary_unary(METHOD, None, None)
-            await method(request, timeout=self._timeout_s)
+            async with open_channel(endpoint) as channel:
+                method: Any = channel.unary_unary(METHOD, None, None)
+                await method(request, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             return _verdict(from_rpc_error(error))
-        finally:
-            await channel.close(None)
         return None
 
 

@@ -19,6 +19,8 @@ RETRY_NO_WORKER_S = 2.0
 RETRY_ELSEWHERE_S = 0.1
 """Another replica answers: try at once, but not in a spin."""
 BANDS = ("interactive", "standard", "batch", "sheddable")
+MEMORY_BUSY = "MODEL_MEMORY_BUSY"
+NOT_FOUND = "MODEL_NOT_FOUND"
 MODEL_CHARS = 19
 """`sha256:` and 12 digits are enough for people."""
 
@@ -89,15 +91,35 @@ def shed(entry: Entry, now: float, drain_estimate_s: float) -> Reject:
 
 def not_ready(entry: Entry, now: float, pool: Pool, want: Want | None = None) -> Reject:
     """The model is being loaded, or waits for memory, and that takes too long."""
+    said = want.verdict(want.waits_for, now) if want is not None and not pool.hopeful else None
+    if want is not None and said is not None and said.reason == MEMORY_BUSY:
+        return _no_memory(entry, now, want.waits_for, said, want.verdicts[want.waits_for][1] - now)
     coming = pool.coming()
     where = f" ({coming.report.progress:.0%} on {coming.worker.endpoint})" if coming is not None else ""
     waited_s = now - entry.entered
     model = entry.request.model
     state = f"is still being loaded{where}"
-    if not pool.hopeful and want is not None and want.waits_for:
+    if want is not None and said is not None:
+        state = f"could not be loaded on {want.waits_for} yet ({said.message})"
+    elif not pool.hopeful and want is not None and want.waits_for:
         state = f"still waits for memory on {want.waits_for}, which keeps what was loaded lately,"
     message = f"model {model[:MODEL_CHARS]} {state} after {waited_s:.1f} s; try again"
     return _reject(entry, now, "MODEL_NOT_READY", message, RETRY_NO_WORKER_S, model=model)
+
+
+def _no_memory(entry: Entry, now: float, endpoint: str, said: Verdict, left_s: float) -> Reject:
+    """The worker said what the model needs and what it has; what is there stays for `left_s`."""
+    model, sizes = entry.request.model, said.metadata
+    figures = ""
+    if "needed_bytes" in sizes and "free_bytes" in sizes:
+        figures = f": it needs {sizes['needed_bytes']} bytes, {sizes['free_bytes']} are free"
+        figures += f" of {sizes['budget_bytes']}" if "budget_bytes" in sizes else ""
+    message = (
+        f"model {model[:MODEL_CHARS]} still waits for memory on {endpoint} after {now - entry.entered:.1f} s"
+        f"{figures}; what is there may not leave for another {left_s:.1f} s, try again then"
+    )
+    retry_s = max(left_s, RETRY_MIN_S)
+    return _reject(entry, now, said.reason, message, retry_s, **{**sizes, "model": model})
 
 
 def queue_timeout(entry: Entry, now: float, drain_estimate_s: float) -> Reject:
@@ -124,10 +146,13 @@ def no_capacity(entry: Entry, now: float, pool: Pool) -> Reject:
 
 def not_loadable(entry: Entry, now: float, verdict: Verdict) -> Reject:
     """No worker has the model, and all that load on demand said why they cannot; this is what one said."""
-    model = entry.request.model
+    model, reason = entry.request.model, verdict.reason
     data = {"model": model, **verdict.metadata}
+    if reason == NOT_FOUND:
+        # Of a worker that means that it has not got it, which is worth another try. This is not.
+        reason, data["cause"] = "MODEL_LOAD_FAILED", verdict.message
     message = f"no worker can load model {model[:MODEL_CHARS]}: {verdict.message}"
-    return _reject(entry, now, verdict.reason, message, verdict.retry_after_s, **data)
+    return _reject(entry, now, reason, message, verdict.retry_after_s, **data)
 
 
 def too_large(entry: Entry, now: float, largest_tokens: int) -> Reject:

@@ -8,17 +8,19 @@ however many requests wait, and another one when the first cannot. The cost of a
 - the wait until what has to leave may, for a worker keeps each model for a while after it was loaded;
 - the requests that it serves already, which share its device with the load.
 
-The worker decides what leaves, and refuses what does not fit; this module only foretells it. A refusal that
-stands for good (the model is too large, cannot be run, its files are damaged) is remembered for
-`VERDICT_KEEP_S`; when all workers that load on demand have one, those who wait are refused with it. Other
-refusals are tried again when the worker says so.
+The worker decides what leaves, and refuses what does not fit; this module only foretells it. What a model
+takes there is a guess until the worker said it, with a refusal or by having loaded it. A refusal that stands
+for good (the model is too large, cannot be run, its files are damaged) is remembered for `VERDICT_KEEP_S`;
+when all workers that load on demand have one, those who wait are refused with it. Other refusals are tried
+again when the worker says so.
 
-It knows nothing of clocks or calls. Bounds: `wants_max` models, a look every `LOOK_S` at most.
+It knows nothing of clocks or calls. Bounds: `wants_max` models that are wanted, and as many whose needs are
+known, on the workers that there are; a look every `LOOK_S` at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from math import exp, inf
 from typing import NamedTuple
 
@@ -47,6 +49,8 @@ LEASE_S = 0.05
 NEED_SHARE = 1.25
 NEED_BYTES = 512 * 1024 * 1024
 """A model takes this share of its weights, and this much beside; only the worker knows it exactly."""
+NEED_DIGITS_MAX = 18
+"""Of a number of bytes that a worker wrote."""
 
 
 class Want:
@@ -102,8 +106,8 @@ class Residency:
         self._fleet = fleet
         self._wants_max = wants_max
         self.wants: dict[str, Want] = {}
-        self.asked = 0
-        """Loads asked for since the start."""
+        self._needs: dict[str, dict[str, int]] = {}
+        """By model and endpoint, bytes that the worker reserves for it; what was learned last comes last."""
 
     def want(self, model: str, model_bytes: int, now: float) -> Want:
         """The model is waited for, and nobody has it or is loading it."""
@@ -146,12 +150,11 @@ class Residency:
             if there is not None and there.report.state is ModelState.DRAINING:
                 want.waits_for = want.waits_for or worker.endpoint
                 continue
-            outlook = outlook_on(worker, want.model_bytes, wanted)
+            outlook = outlook_on(worker, self._need_bytes(want, worker), wanted)
             if outlook.cost_s < best.cost_s:
                 best, chosen = outlook, worker.endpoint
         if chosen and best.wait_s <= 0:
             want.endpoint, want.waits_for = chosen, ""
-            self.asked += 1
             return LoadModel(chosen, want.model)
         want.waits_for = chosen or want.waits_for
         want.refusal = final if not want.waits_for else None
@@ -165,6 +168,7 @@ class Residency:
         if want is None or want.endpoint != endpoint:
             return None
         want.endpoint, want.hopeful_at = "", now
+        self._learn(endpoint, model, verdict)
         if verdict is None:
             # Its report says so too, or will before the next look.
             want.looked_at = now
@@ -172,8 +176,33 @@ class Residency:
         else:
             want.looked_at = -inf
             keep_s = VERDICT_KEEP_S if verdict.reason in FINAL else verdict.retry_after_s or RETRY_S
-            want.verdicts[endpoint] = (verdict, now + keep_s)
+            standing = {at: said for at, said in want.verdicts.items() if said[1] > now}
+            want.verdicts = {**standing, endpoint: (verdict, now + keep_s)}
         return want
+
+    def _need_bytes(self, want: Want, worker: Worker) -> float:
+        """What this worker said, else what another one said last, else a guess."""
+        known = self._needs.get(want.model)
+        if not known:
+            return guess_bytes(worker, want.model_bytes)
+        return known.get(worker.endpoint) or known[next(reversed(known))]
+
+    def _learn(self, endpoint: str, model: str, verdict: Verdict | None) -> None:
+        """Remember what the worker reserved for the model, or said that it would."""
+        worker = self._fleet.workers.get(endpoint)
+        need_bytes = 0
+        if verdict is not None:
+            said = verdict.metadata.get("needed_bytes", "")
+            need_bytes = int(said) if said.isdecimal() and len(said) <= NEED_DIGITS_MAX else 0
+        elif worker is not None and (load := worker.loads.get(model)) is not None:
+            need_bytes = load.report.memory_bytes
+        if worker is None or not need_bytes:
+            return
+        known = self._needs.pop(model, {})
+        others = {w: need for w, need in known.items() if w != endpoint and w in self._fleet.workers}
+        self._needs[model] = {**others, endpoint: need_bytes}
+        if len(self._needs) > self._wants_max:
+            del self._needs[next(iter(self._needs))]
 
     def _make_room(self, now: float) -> None:
         """Forget the one that was looked at first of those that nobody is loading."""
@@ -183,15 +212,18 @@ class Residency:
                 del self.wants[min(idle, key=lambda want: (want.since != inf, want.looked_at)).model]
 
 
-def outlook_on(worker: Worker, model_bytes: int, wanted: frozenset[str]) -> Outlook:
-    """What a load would take there; an infinite cost when there is never room.
+def outlook_on(worker: Worker, need_bytes: float, wanted: frozenset[str]) -> Outlook:
+    """What a load would take there; dear where there is no room.
 
     `wanted`: models that somebody waits for.
     """
     cost_s = LEASE_S * worker.leases
     if not worker.memory_budget_bytes:
         return Outlook(cost_s, 0.0)
-    missing = _need_bytes(worker, model_bytes) - worker.free_memory_bytes
+    if need_bytes > worker.memory_budget_bytes:
+        # No waiting helps. It is asked last of all, at once: it knows better, or says so in figures.
+        return Outlook(cost_s + VERDICT_KEEP_S, 0.0)
+    missing = need_bytes - worker.free_memory_bytes
     wait_s = 0.0
     for load in sorted(worker.loads.values(), key=_leaves_first):
         if missing <= 0:
@@ -203,18 +235,14 @@ def outlook_on(worker: Worker, model_bytes: int, wanted: frozenset[str]) -> Outl
         wait_s = max(wait_s, load.report.dwell_left_s)
         cost_s += _again_s(load, wanted)
     if missing > 0:
-        # The guess may be too high, and what leaves or comes changes it: the worker is asked last of all.
+        # What leaves or comes changes it, and the guess may be too high: the worker is asked last of all.
         leaving = any(load.report.state is not ModelState.READY for load in worker.loads.values())
         return Outlook(cost_s + VERDICT_KEEP_S, LOOK_S if leaving else wait_s)
     return Outlook(cost_s + wait_s, wait_s)
 
 
-def loads_by_endpoint(want: Want, now: float) -> Mapping[str, Verdict]:
-    """What workers said and still stands, for people."""
-    return {endpoint: said for endpoint, (said, until) in want.verdicts.items() if until > now}
-
-
-def _need_bytes(worker: Worker, model_bytes: int) -> float:
+def guess_bytes(worker: Worker, model_bytes: int) -> float:
+    """What a model takes, by its weights; without them as much as the largest that is there."""
     if model_bytes:
         return NEED_SHARE * model_bytes + NEED_BYTES
     return max((load.report.memory_bytes for load in worker.loads.values()), default=0)

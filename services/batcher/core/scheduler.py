@@ -301,7 +301,7 @@ class Scheduler:
         self._planner.plan(want.model, now, effects)
         if not self._ledger.queues.get(want.model):
             self._planner.residency.rest(want.model, now)
-        if want.model in self._planner.residency.wants:
+        if self._planner.residency.wants.get(want.model) is want:
             self._planner.look_again(want, now)
 
     def _watch_aging(self, queue: ModelQueue) -> None:

@@ -172,6 +172,8 @@ def failure_of(error: grpc.RpcError) -> CallError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return CallError("DEADLINE_EXCEEDED", "the deadline passed")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if (bound := from_rpc_error(error)).reason == "REQUEST_TOO_LARGE":
+            return bound
         return CallError("WORKER_FULL", f"the mesh is full: {details}")
     if code in _BROKE:
         return CallError("ENGINE_RESTARTED", f"the stream broke: {code.name} {details}")

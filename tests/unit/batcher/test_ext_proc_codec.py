@@ -1,6 +1,7 @@
 """Envoy's messages to the core's words and back, with the real protobuf classes."""
 
 import base64
+from pathlib import Path
 
 import pytest
 from envoy.config.core.v3 import base_pb2
@@ -186,6 +187,15 @@ def test_every_refusal_decodes_to_the_same_error(reason):
     assert immediate.status.code == error.http_status
     assert immediate.body.decode() == error.message
     assert (names.DROPPED_REASON in added) == (reason in ext_proc.DROPPED)
+
+
+def test_what_a_dropped_request_is_called_is_what_the_page_says():
+    page = (Path(__file__).parents[3] / "docs/reference/scheduling.md").read_text()
+    rows = [
+        [cell.strip() for cell in row.strip("| ").split(" | ")] for row in page.splitlines() if row[:1] == "|"
+    ]
+    told = {row[0]: row[2] for row in rows if len(row) == 3 and row[2].startswith(("rejected-", "evicted-"))}
+    assert told == ext_proc.DROPPED
 
 
 def test_a_refusal_of_the_core_keeps_its_words():

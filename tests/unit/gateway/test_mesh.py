@@ -48,6 +48,12 @@ def test_a_passed_deadline_is_not_sent_again():
     assert not failure_of(rpc_error(CODE.DEADLINE_EXCEEDED)).retriable
 
 
+def test_a_message_above_grpcs_own_bound_is_not_sent_again():
+    details = "CLIENT: Received message larger than max (20000000 vs. 16777216)"
+    error = failure_of(rpc_error(CODE.RESOURCE_EXHAUSTED, details))
+    assert (error.reason, error.message, error.retriable) == ("REQUEST_TOO_LARGE", details, False)
+
+
 def test_a_status_with_details_is_taken_at_its_word():
     sent = CallError("QUEUE_FULL", "full", metadata={"queue": "m"}, retry_after_s=2.0)
     error = failure_of(rpc_error(CODE.RESOURCE_EXHAUSTED, "full", sent))
