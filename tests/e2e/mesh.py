@@ -14,6 +14,8 @@ import urllib.request
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from tokenloom.cli import state
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKENLOOM = Path(sys.executable).with_name("tokenloom")
 
@@ -49,7 +51,7 @@ async def eventually(condition: Callable[[], Awaitable[object]], what: str, time
 
 
 class Mesh:
-    """One mesh under `home`, driven through the command line only."""
+    """One mesh under `home`, driven through the command line; its processes are found in its own file."""
 
     def __init__(self, home: Path, **environ: str) -> None:
         self.home = home
@@ -101,13 +103,19 @@ class Mesh:
         """Each process of the mesh by its name."""
         return {p["name"]: p for p in json.loads(self.ok("status", "--json"))["processes"]}
 
+    def _process(self, name: str) -> state.Process:
+        """As the launcher last wrote it down: a command for each look would take the cores from the mesh."""
+        mesh = state.read(self.home / "mesh.json")
+        assert mesh is not None
+        found = mesh.process(name)
+        assert found is not None, name
+        return found
+
     def pid(self, name: str) -> int:
-        return int(str(self.status()[name]["pid"]))
+        return self._process(name).pid
 
     def port_of(self, name: str, kind: str) -> int:
-        ports = self.status()[name]["ports"]
-        assert isinstance(ports, dict)
-        return int(ports[kind])
+        return self._process(name).ports[kind]
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> int:
         """Signal one process; its pid before."""

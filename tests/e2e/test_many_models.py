@@ -19,10 +19,12 @@ import pytest
 from loom.batcher.v1 import batcher_pb2
 from loom.batcher.v1 import batcher_pb2_grpc as batcher_rpc
 
-from services.modelstore.app import export_offline
+from services.modelstore.app import export_offline, import_offline
 from tests.e2e.client import connected, greedy
 from tests.e2e.mesh import Mesh
+from tests.integration.modelstore.converting import converting_here
 from tests.integration.modelstore.made import hf_folder, weights
+from tokenloom.cli.processes import children_of
 from tokenloom.kit.channels import open_channel
 from tools.fetch import fetch_model
 
@@ -34,7 +36,6 @@ TOKENS = 8
 PROMPTS = ([72, 101, 108, 108, 111], [84, 104, 101, 32, 115, 107, 121], [50, 43, 50, 61])
 """Token ids that all eight vocabularies have."""
 ANSWER_S = 240
-IMPORTS_AT_ONCE = 2
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,14 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     )
     mesh.home.mkdir()
     gguf = str(fetch_model())
-    imports = [(gguf, name, dtype) for name, dtype in REAL.items()]
-    imports += [(str(hf_folder(folder / n, weights(seed))), n, "float32") for seed, n in enumerate(TINY)]
-    with ThreadPoolExecutor(IMPORTS_AT_ONCE) as pool:
-        list(pool.map(lambda each: bring(mesh, *each), imports))
+    with ThreadPoolExecutor(len(REAL)) as pool:
+        real = [pool.submit(bring, mesh, gguf, name, dtype) for name, dtype in REAL.items()]
+        with converting_here():
+            for seed, name in enumerate(TINY):
+                source = hf_folder(folder / name, weights(seed))
+                import_offline(mesh.home / "store", str(source), name, "float32")
+        for each in real:
+            each.result()
     mesh.up("--model", TINY[0])
     yield mesh
     mesh.down()
@@ -95,12 +100,9 @@ def loads(mesh: Mesh) -> float:
 def engines_bytes(mesh: Mesh) -> int:
     """Memory of all engine processes, shared pages counted by their share."""
     total = 0
-    worker = mesh.status()["worker-0"]
-    children = worker["children"]
-    assert isinstance(children, list)
-    for child in children:
+    for child in children_of(mesh.pid("worker-0")):
         try:
-            text = Path(f"/proc/{child['pid']}/smaps_rollup").read_text()
+            text = Path(f"/proc/{child}/smaps_rollup").read_text()
         except OSError:
             continue
         total += 1024 * int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1])

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenloom.cli import envoy, local, ports, state
-from tokenloom.cli.catalog import models_to_load
+from tokenloom.cli.catalog import Chosen, models_to_load
 from tokenloom.cli.errors import CliError
+from tokenloom.cli.models_preload import preload
+from tokenloom.cli.models_workers import workers_of
 from tokenloom.cli.otlp import Receiver
 from tokenloom.cli.plan import Options, Plan, Ports
 from tokenloom.cli.processes import raise_file_limit
@@ -26,6 +28,8 @@ from tokenloom.cli.supervisor import Event, StartFailed, Supervisor
 STOPPED_FIRST = ("envoy",)
 """The door closes first: what is in flight is then cancelled, and the rest has nothing to wait for."""
 
+MODELS = "models"
+"""Whose events are not those of a process."""
 WILDCARDS = ("0.0.0.0", "::")
 
 Report = Callable[[Event], None]
@@ -111,7 +115,8 @@ class Launcher:
         try:
             await self._supervisor.start([plan.modelstore()])
             target = f"{envoy.LOOPBACK}:{chosen.modelstore['grpc']}"
-            self._mesh.models = await models_to_load(target, self.options.engine, self.options.models)
+            models = await models_to_load(target, self.options.engine, self.options.models)
+            self._mesh.models = [*models.served]
             bootstrap = envoy.write(
                 local.envoy_dir(),
                 plan.envoy_ports(),
@@ -119,9 +124,26 @@ class Launcher:
                 trace_ratio=self.options.trace_ratio,
             )
             command = envoy.command(binary, bootstrap, concurrency=plan.envoy_concurrency())
-            await self._supervisor.start(plan.serving(self._mesh.models, command))
+            await self._supervisor.start(plan.serving(models.required, command))
         except StartFailed as error:
             raise CliError(str(error)) from None
+        if models.first:
+            await self._preload(self._mesh, models)
+
+    async def _preload(self, mesh: state.Mesh, models: Chosen) -> None:
+        """Load the first models, and tell what came of it. Raises CliError when none could be loaded."""
+        began_s = time.monotonic()
+        self._outer_report(Event("waiting", MODELS, detail=f"loading {', '.join(models.first)}"))
+        done = await preload(workers_of(mesh), models.first)
+        if not done.resident:
+            raise CliError("; ".join(done.failures) or "the workers have no room for any of the models")
+        seconds = time.monotonic() - began_s
+        self._outer_report(Event("loaded", MODELS, detail=", ".join(done.resident), seconds=seconds))
+        for failure in done.failures:
+            self._outer_report(Event("note", MODELS, detail=failure))
+        if later := [name for name in models.served if name not in done.resident]:
+            on_demand = f"loaded when they are asked for: {', '.join(later)}"
+            self._outer_report(Event("note", MODELS, detail=on_demand))
 
     def _address(self) -> str:
         """Where callers on this machine find the mesh."""

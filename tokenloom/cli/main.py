@@ -61,7 +61,8 @@ def up(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The public port.")] = 8080,
     host: Annotated[str, typer.Option(help="The address that the public port is bound to.")] = "127.0.0.1",
     model: Annotated[
-        list[str] | None, typer.Option(help="Load this one; may be repeated. Default: all in the store.")
+        list[str] | None,
+        typer.Option(help="Load this one; may be repeated. Default: the store's first 8."),
     ] = None,
     trace_ratio: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the requests that leave a trace.")

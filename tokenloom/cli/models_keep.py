@@ -278,14 +278,7 @@ class Cures:
         again = "import it again"
         if known:
             again += ": " + "; ".join(dict.fromkeys(map(_import_of, known)))
-        if damaged.digest in damaged.versions:
-            # A manifest is created once, under its digest: an import does not write over it.
-            file = damaged.digest.replace(":", "/")
-            cure = f"its manifest is damaged: delete manifests/{file}.json in the store, then {again}"
-        elif damaged.versions:
-            cure = again
-        else:
-            cure = "no version needs it: `tokenloom models gc` deletes it"
+        cure = again if damaged.versions else "no version needs it: `tokenloom models gc` deletes it"
         return {
             "digest": damaged.digest,
             "problem": damaged.problem,

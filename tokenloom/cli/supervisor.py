@@ -33,7 +33,7 @@ TAIL_BYTES_MAX = 256 * 1024
 
 @dataclass(frozen=True)
 class Event:
-    """`kind`: started, waiting, ready, died, failed."""
+    """`kind`: started, waiting, ready, died, failed; of a mesh also loaded, note, up, error."""
 
     kind: str
     name: str

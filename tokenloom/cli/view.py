@@ -23,6 +23,7 @@ class StartupView:
         self._clock = clock
         self._began_s = clock()
         self._rows: dict[str, RenderableType] = {}
+        self._notes: list[str] = []
         self._live: Live | None = None
         self.up = False
 
@@ -40,11 +41,15 @@ class StartupView:
         if event.kind == "up":
             self._end_live()
             self.up = True
+            for note in self._notes:
+                self._console.print(Text(note, "yellow"), soft_wrap=True)
             self._console.print(self._summary(event.detail))
+        elif event.kind == "note":
+            self._notes.append(event.detail)
         elif self._live is not None:
             self._rows[event.name] = _row(event)
             self._live.update(Group(*self._rows.values()))
-        elif event.kind in ("ready", "died") or (event.kind == "started" and self.up):
+        elif event.kind in ("ready", "died", "loaded") or (event.kind == "started" and self.up):
             self._console.print(_line(event), soft_wrap=True)
 
     def _end_live(self) -> None:
@@ -73,6 +78,9 @@ def _row(event: Event) -> RenderableType:
     match event.kind:
         case "ready":
             table.add_row(Text("✓", "green"), event.name, Text(f"ready after {event.seconds:.1f} s", "dim"))
+        case "loaded":
+            told = f"{event.detail}, loaded after {event.seconds:.1f} s"
+            table.add_row(Text("✓", "green"), event.name, Text(told, "dim"))
         case "died" | "failed":
             table.add_row(Text("✗", "red"), event.name, Text(event.detail.splitlines()[0], "red"))
         case _:
@@ -85,6 +93,8 @@ def _line(event: Event) -> Text:
     match event.kind:
         case "ready":
             return Text(f"{event.name} is ready after {event.seconds:.1f} s (pid {event.pid})", "green")
+        case "loaded":
+            return Text(f"{event.detail} loaded after {event.seconds:.1f} s", "green")
         case "died":
             again = f"starting it again on the same ports in {event.seconds:.1f} s"
             return Text(f"{event.name} (pid {event.pid}) died: {event.detail}; {again}", "red")

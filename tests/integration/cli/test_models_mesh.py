@@ -1,13 +1,21 @@
 """`tokenloom models` on a mesh that runs: where models are resident, loading, unloading, deleting."""
 
+import asyncio
 import json
 import time
+import urllib.request
 
+import grpc
 import pytest
+from loom.inference.v1 import inference_pb2, inference_pb2_grpc
+from loom.modelstore.v1 import modelstore_pb2
 
+from services.modelstore.app import open_offline
 from tests.integration.cli.test_local_mesh import Cli
+from tokenloom.contract.headers import MODEL_DEPRECATED
 
 WAIT_S = 60.0
+HEADERS = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +111,78 @@ def test_the_modelstore_of_a_mesh_keeps_aliases_marks_and_whole_blobs(cli):
     assert models(cli, "verify", "one")["damaged"] == []
 
 
-def test_an_import_through_the_mesh_is_served_by_the_name_within_a_second(cli):
+def told(cli, name, stream):
+    """What the response headers at the public port, Envoy's, say of a version; None: nothing."""
+    body = json.dumps({"model": name, "prompt": "hi", "max_tokens": 2, "stream": stream}).encode()
+    asked = urllib.request.Request(f"http://127.0.0.1:{cli.port}/v1/completions", body, HEADERS)
+    with urllib.request.urlopen(asked, timeout=WAIT_S) as answer:
+        assert answer.status == 200
+        assert answer.read()
+        return answer.headers.get(MODEL_DEPRECATED)
+
+
+def told_over_grpc(cli, name):
+    with grpc.insecure_channel(f"127.0.0.1:{cli.port}") as channel:
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+            inference_pb2.GenerateRequest(
+                model=name, prompt="hi", stop=inference_pb2.StopConditions(max_new_tokens=2)
+            ),
+            timeout=WAIT_S,
+        )
+        assert list(call)[-1].HasField("finished")
+        return dict(call.initial_metadata()).get(MODEL_DEPRECATED)
+
+
+def test_callers_at_the_public_port_are_told_that_a_version_is_deprecated(cli):
+    assert told(cli, "one", stream=False) is None
+    cli.run("models", "deprecate", "one", "use two: 50% faster")
+    until(lambda: told(cli, "one", stream=False), "the gateway has not heard of it")
+    assert [told(cli, "one", stream=stream) for stream in (False, True)] == ["use two: 50%25 faster"] * 2
+    assert told_over_grpc(cli, "one") == "use two: 50%25 faster"
+    cli.run("models", "deprecate", "one", "--undo")
+    until(lambda: told(cli, "one", stream=True) is None, "the gateway has not heard that it is over")
+    assert told_over_grpc(cli, "one") is None
+
+
+def test_a_model_imported_through_the_mesh_and_loaded_is_served_by_its_name(cli):
     cli.run("models", "import", "builtin:sim", "--name", "four")
     cli.run("models", "load", "four")
     until(
         lambda: cli.attempt("generate", "hi", "--model", "four", "--max-tokens", "2")[0] == 0,
         "the gateway does not know it",
     )
+
+
+async def bring(folder, names):
+    """As `models import` does without a mesh, all in this process."""
+    store = await open_offline(str(folder))
+    for name in names:
+        request = modelstore_pb2.ImportModelRequest(source="builtin:sim", name=name)
+        assert [step async for step in store.ImportModel(request, None)][-1].HasField("imported")
+
+
+def test_a_mesh_that_was_not_told_what_to_load_begins_with_what_fits_and_serves_the_rest(tmp_path):
+    made = Cli(tmp_path)
+    made.env |= {
+        "TOKENLOOM_WORKER_KV_CACHE_BYTES": str(1 << 30),
+        "TOKENLOOM_WORKER_MEMORY_BYTES": str(5 << 29),
+        "TOKENLOOM_WORKER_MIN_DWELL_S": "0",
+    }
+    names = [f"m{number}" for number in range(9)]
+    asyncio.run(bring(tmp_path / "store", names))
+    try:
+        out = made.run(*made.up("--detach"))
+        assert "m0, m1 loaded after" in out
+        assert f"loaded when they are asked for: {', '.join(names[2:])}" in out
+        assert where(made, "m8") == {}
+        answer = json.loads(made.run("generate", "hi", "--model", "m8", "--max-tokens", "3", "--json"))
+        assert answer["completion_tokens"] == 3
+        assert list(where(made, "m8").values()) == ["ready"]
+        made.run("down")
+        made.env["TOKENLOOM_WORKER_MEMORY_BYTES"] = str(1 << 29)
+        status, out = made.attempt(*made.up("--detach"))
+        assert status == 1
+        assert "worker-0: MODEL_TOO_LARGE: model m0 needs" in out
+        assert "raise memory_bytes" in out
+    finally:
+        made.attempt("down")

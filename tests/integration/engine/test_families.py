@@ -23,6 +23,6 @@ def test_greedy_tokens_equal_generate(monkeypatch, family: str, compiled: bool, 
     if compiled and not (available() and DEVICE == "cpu"):
         pytest.skip("no compiled CPU kernels: make kernels")
     monkeypatch.setattr(loader, "available", lambda: compiled)
-    report = check_exact(build(family, tmp_path), random_prompts(12), 40, batch=6)
+    report = check_exact(build(family, tmp_path), random_prompts(8), 32, batch=6)
     assert not report.wrong, report.wrong
     assert len(report.ties) <= 2, report.ties
