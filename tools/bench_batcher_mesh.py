@@ -1,9 +1,9 @@
-"""The mesh of `tools.bench_batcher`: real Envoy, real batcher, a swarm of sim workers, one load process.
+"""The mesh of `tools.bench_batcher`: real Envoy, real batcher, swarms of sim workers, one load process.
 
 Envoy and the batcher are started from the same specs as `tokenloom up` starts them from. Three things are
 the bench's own: Envoy writes a line for every request into a file, with the times that its ext_proc
 filter measured; the batcher runs under `services.batcher.bench`, which adds up its core's time; and
-batcher, Envoy and load are scheduled before the swarm, which stands for other machines (`tokenloom up` lets
+batcher, Envoy and load are scheduled before the swarms, which stand for other machines (`tokenloom up` lets
 them all step aside for an engine). Where a pick is timed the load steps aside as well, and both take only
 what batcher and Envoy leave: on a cluster neither would share their cores.
 """
@@ -46,6 +46,9 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 CORE_TIMES_MAX_S = 5.0
 AS_ON_A_CLUSTER = ("batcher", "envoy")
 SWARM_NICE = 15
+SWARMS_MAX = 2
+"""Processes of sim workers. With one, the kernel leaves its thread behind batcher or Envoy half of the
+time while the other core has nothing to do."""
 EXT_PROC = "envoy.filters.http.ext_proc"
 BYPASSED = "http.mesh.ext_proc.failure_mode_allowed"
 
@@ -136,6 +139,7 @@ class _Mesh:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._aside = setup.aside
+        self._swarm_count = min(SWARMS_MAX, setup.workers)
         self._access = folder / "access.log"
         self._core = folder / "core.json"
         options = Options(workers=setup.workers, engine="sim", trace_ratio=0.0)
@@ -154,7 +158,8 @@ class _Mesh:
         await self._supervisor.start(self._specs)
         for name in AS_ON_A_CLUSTER:
             _schedule_normally(self._pid(name))
-        _step_back(self._pid("swarm"), aside=self._aside)
+        for name in self._swarms:
+            _step_back(self._pid(name), aside=self._aside)
         await asyncio.sleep(SETTLE_S)
 
     async def stop(self) -> None:
@@ -206,20 +211,26 @@ class _Mesh:
         self._log_every_request(self._folder / "listeners.yaml")
         command = envoy.command(envoy_binary(), bootstrap, concurrency=plan.envoy_concurrency())
         specs = {spec.name: spec for spec in plan.serving([MODEL], command)}
-        batcher, worker = specs["batcher"], specs["worker-0"]
+        batcher = specs["batcher"]
         measured = (sys.executable, "-m", "services.batcher.bench", str(self._core))
-        ports = ",".join(str(each["grpc"]) for each in self._ports.workers)
-        swarm = {"TOKENLOOM_WORKER_SWARM_PORTS": ports, "TOKENLOOM_WORKER_SWARM_VERSION": VERSION}
         return [
             replace(batcher, command=measured, env=_untraced(batcher.env)),
-            Spec(
-                "swarm",
-                (sys.executable, "-m", "services.worker.sim.swarm"),
-                _untraced(worker.env) | swarm | {"TOKENLOOM_WORKER_LOG_LEVEL": "warning"},
-                worker.ports,
-            ),
+            *(self._swarm(specs, number) for number in range(self._swarm_count)),
             specs["envoy"],
         ]
+
+    @property
+    def _swarms(self) -> list[str]:
+        return [f"swarm-{number}" for number in range(self._swarm_count)]
+
+    def _swarm(self, specs: dict[str, Spec], number: int) -> Spec:
+        """Every `_swarm_count`th worker, in one process with the settings of the first of them."""
+        worker = specs[f"worker-{number}"]
+        ports = ",".join(str(each["grpc"]) for each in self._ports.workers[number :: self._swarm_count])
+        swarm = {"TOKENLOOM_WORKER_SWARM_PORTS": ports, "TOKENLOOM_WORKER_SWARM_VERSION": VERSION}
+        quiet = {"TOKENLOOM_WORKER_LOG_LEVEL": "warning"}
+        command = (sys.executable, "-m", "services.worker.sim.swarm")
+        return Spec(self._swarms[number], command, _untraced(worker.env) | swarm | quiet, worker.ports)
 
     def _log_every_request(self, path: Path) -> None:
         content = yaml.safe_load(path.read_text())

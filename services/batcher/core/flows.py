@@ -27,6 +27,8 @@ OUTPUT_TOKENS_UNKNOWN = 128
 """Expected of a tenant that has ended no request yet."""
 OUTPUT_WEIGHT = 0.1
 """Share of the newest request in the mean length of a tenant's outputs."""
+TURNS = 1 << 60
+"""More than there will ever be."""
 
 Key = tuple[bool, int, int, int]
 """(late, deadline, first arrival, ticket), times in Unix milliseconds."""
@@ -47,13 +49,16 @@ class Flow:
         "prompt_tokens",
         "size_bytes",
         "tenant",
+        "turn",
         "virtual",
         "waits",
         "weight",
     )
 
-    def __init__(self, tenant: str, weight: float, clock: float) -> None:
+    def __init__(self, tenant: str, weight: float, clock: float, turn: int) -> None:
         self.tenant = tenant
+        self.turn = turn
+        """Its place among those of equal counters."""
         self.weight = weight
         self.virtual = clock
         """Tokens served over weight: the least is next."""
@@ -122,9 +127,7 @@ class Band:
         self._clock = 0.0
         """The counter of whoever was chosen last: nobody who waits stands lower."""
         self._heap: list[tuple[float, int, Flow]] = []
-        """Those who wait by counter; a counter that grew since is put right when it comes up. Of equals the
-        newest is first: whoever comes back from idleness stands level with a tenant that floods, not behind.
-        """
+        """Those who wait by counter and turn; a counter that grew since is put right when it comes up."""
         self._turn = 0
 
     def flow(self, tenant: str, weight: float) -> Flow:
@@ -133,7 +136,7 @@ class Band:
         if flow is None:
             if len(self.flows) >= self._flows_max:
                 self._forget_idle()
-            flow = self.flows[tenant] = Flow(tenant, weight, self._clock)
+            flow = self.flows[tenant] = Flow(tenant, weight, self._clock, self._turn_of_new())
         return flow
 
     def push(self, entry: Entry) -> None:
@@ -142,6 +145,7 @@ class Band:
         if not flow.keys:
             least = self._least()
             flow.lift(self._clock if least is None else least.virtual)
+            flow.turn = self._turn_of_new()
         self.insert(entry)
 
     def insert(self, entry: Entry) -> None:
@@ -168,10 +172,11 @@ class Band:
     def chosen(self, flow: Flow) -> None:
         """The flow's head was placed: the band's clock goes on."""
         self._clock = max(self._clock, flow.virtual)
+        # Of equal counters the one that was served longest ago is next.
+        self._turn += 1
+        flow.turn = self._turn
         if self._heap and self._heap[0][2] is flow:
-            # Of equal counters the one that was served longest ago is next.
-            self._turn += 1
-            heapreplace(self._heap, (flow.virtual, self._turn, flow))
+            heapreplace(self._heap, (flow.virtual, flow.turn, flow))
 
     def unpark(self, flow: Flow) -> None:
         """The flow is at its place again."""
@@ -218,16 +223,21 @@ class Band:
                 heappop(heap)
                 flow.waits = False
             elif flow.virtual > virtual:
-                self._turn += 1
-                heapreplace(heap, (flow.virtual, self._turn, flow))
+                heapreplace(heap, (flow.virtual, flow.turn, flow))
             else:
                 return flow
         return None
 
     def _queue(self, flow: Flow) -> None:
         flow.waits = True
+        heappush(self._heap, (flow.virtual, flow.turn, flow))
+
+    def _turn_of_new(self) -> int:
+        """Whoever comes back from idleness, level with a tenant that floods, stands before it, behind those who
+        came back earlier.
+        """
         self._turn += 1
-        heappush(self._heap, (flow.virtual, -self._turn, flow))
+        return self._turn - TURNS
 
     def _forget_idle(self) -> None:
         idle = [flow for flow in self.flows.values() if flow.idle]

@@ -55,18 +55,28 @@ def test_the_tenant_with_the_least_counter_is_next():
     assert line.place(3) == ["b", "c", "a"]
 
 
-def test_tenants_of_equal_counters_take_turns_and_who_came_last_begins():
+def test_tenants_of_equal_counters_take_turns_and_who_came_first_begins():
     line = Line()
     for tenant in ("a", "b"):
         line.wait(tenant, count=3)
-    assert line.place(6) == ["b", "a"] * 3
+    assert line.place(6) == ["a", "b"] * 3
+
+
+def test_who_comes_back_goes_before_a_flood_of_the_same_counter_in_the_order_of_coming_back():
+    line = Line()
+    line.wait("flood", count=10)
+    line.place(3)
+    for tenant in ("a", "b", "c"):
+        line.wait(tenant)
+    assert {line.flow(tenant).virtual for tenant in ("flood", "a", "b", "c")} == {3 * COST}
+    assert line.place(4) == ["a", "b", "c", "flood"]
 
 
 def test_who_was_chosen_goes_behind_those_of_equal_counters_even_when_it_cost_nothing():
     line = Line()
     for tenant in ("a", "b"):
         line.wait(tenant, prompt=0, count=2)
-    assert line.place(4) == ["b", "a"] * 2
+    assert line.place(4) == ["a", "b"] * 2
 
 
 def test_ten_times_the_requests_do_not_bring_ten_times_the_turns():
@@ -93,7 +103,7 @@ def test_weights_are_shares():
 
 
 def test_tokens_cost_what_the_paper_says():
-    flow = Flow("a", 2.0, 10.0)
+    flow = Flow("a", 2.0, 10.0, 1)
     flow.serve(30, 7)
     assert flow.virtual == 10.0 + (30 * PROMPT_COST + 7 * OUTPUT_COST) / 2.0
 
@@ -161,7 +171,7 @@ def test_the_lead_is_given_back_at_the_end_and_what_was_served_is_not_charged_tw
 
 
 def test_a_counter_never_falls_when_a_request_cost_less_than_expected():
-    flow = Flow("a", 1.0, 0.0)
+    flow = Flow("a", 1.0, 0.0, 1)
     flow.lead(500.0)
     flow.lead(-500.0)
     assert flow.virtual == 500.0
@@ -170,7 +180,7 @@ def test_a_counter_never_falls_when_a_request_cost_less_than_expected():
 
 
 def test_the_expected_output_is_the_tenants_mean_and_at_most_what_the_caller_allows():
-    flow = Flow("a", 1.0, 0.0)
+    flow = Flow("a", 1.0, 0.0, 1)
     assert flow.expected_cost(10, 1000) == 10 * PROMPT_COST + OUTPUT_TOKENS_UNKNOWN * OUTPUT_COST
     assert flow.expected_cost(10, 5) == 10 * PROMPT_COST + 5 * OUTPUT_COST
     flow.note_output(400)
