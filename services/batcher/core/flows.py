@@ -233,8 +233,8 @@ class Band:
         heappush(self._heap, (flow.virtual, flow.turn, flow))
 
     def _turn_of_new(self) -> int:
-        """Whoever comes back from idleness, level with a tenant that floods, stands before it, behind those who
-        came back earlier.
+        """Who comes back from idleness, level with a tenant that floods, stands before it, and behind those
+        who came back earlier.
         """
         self._turn += 1
         return self._turn - TURNS
