@@ -13,7 +13,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loom.worker.v1 import worker_pb2
+from structlog.testing import CapturingLogger
 
+from services.worker.front import models
 from tests.integration.worker.harness import FakeModelStore, Running, digest_of, run_worker
 from tests.integration.worker.processes import engines_of, until
 from tokenloom.kit.errors import CallError
@@ -200,8 +202,10 @@ async def test_failed_load_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 async def test_worker_whose_model_can_never_fit_is_not_ready_and_says_why_with_figures(
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    log = CapturingLogger()
+    monkeypatch.setattr(models, "log", log)
     why = (
         "model one needs 1,000 bytes (weights 1,000 bytes) and this worker has 500 bytes in all: "
         "raise memory_bytes, or lower kv_cache_bytes"
@@ -211,7 +215,7 @@ async def test_worker_whose_model_can_never_fit_is_not_ready_and_says_why_with_f
         health = health_pb2_grpc.HealthStub(worker.channel)
         answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
         assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
-        said = [line for line in capsys.readouterr().out.splitlines() if "model not to be had" in line]
+        said = [call for call in log.calls if call.args == ("model not to be had",)]
         assert len(said) == 1, "tried again and again, told once"
-        assert "error" in said[0]
-        assert why in said[0]
+        assert said[0].method_name == "error"
+        assert why in said[0].kwargs["why"]
