@@ -18,6 +18,8 @@ from loom.modelstore.v1 import modelstore_pb2_grpc as rpc
 from services.modelstore.app import ModelstoreService
 from services.modelstore.settings import ModelstoreSettings
 from tests.integration.modelstore.converting import converting_here
+from tests.integration.modelstore.fetching import DATA
+from tests.integration.modelstore.web import FileServer, serving
 from tokenloom.kit.channels import open_channel
 from tokenloom.kit.errors import CallError, from_rpc_error
 from tokenloom.kit.settings import load_settings
@@ -116,3 +118,15 @@ def unused_port() -> int:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
         return port
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FileServer]:
+    async with serving(FileServer({"/m.bin": DATA})) as found:
+        yield found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Where a download lands."""
+    return tmp_path / "m.bin"

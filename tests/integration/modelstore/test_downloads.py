@@ -2,45 +2,17 @@
 
 import hashlib
 import os
-from pathlib import Path
 
 import pytest
 from loom.modelstore.v1 import modelstore_pb2 as pb
 
-from services.modelstore.adapters.web import ATTEMPTS_MAX, HttpFiles, known_of
-from services.modelstore.core.refusal import Refused
+from services.modelstore.adapters.web import ATTEMPTS_MAX, known_of
 from services.modelstore.core.urls import parse_prefixes, parse_url
 from services.modelstore.core.web import Absent, Arrived, TooLarge
 from tests.integration.modelstore import made
 from tests.integration.modelstore.conftest import running
+from tests.integration.modelstore.fetching import DATA, fetch, files, refusal, served
 from tests.integration.modelstore.web import FileServer, serving
-
-DATA = os.urandom(50_000)
-
-
-@pytest.fixture
-async def server():
-    async with serving(FileServer({"/m.bin": DATA})) as found:
-        yield found
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "m.bin"
-
-
-def files(prefixes=None, silence_max_s=5.0):
-    return HttpFiles(prefixes, retry_wait_s=0.001, silence_max_s=silence_max_s)
-
-
-async def fetch(url, file, bytes_max=1 << 30, by=None):
-    return [event async for event in (by or files()).fetch(parse_url(url), str(file), bytes_max)]
-
-
-async def refusal(url, file, by=None):
-    with pytest.raises(Refused) as caught:
-        await fetch(url, file, by=by)
-    return caught.value
 
 
 async def interrupted(url, file, after):
@@ -224,10 +196,6 @@ async def test_cookies_and_credentials_are_not_sent(server, file, monkeypatch, t
         await fetch(f"{server.url}/m.bin", file)
     assert len(seen) == 2
     assert all({"Authorization", "Cookie"}.isdisjoint(headers) for headers in seen)
-
-
-def served(folder: Path, prefix: str) -> dict[str, bytes]:
-    return {f"{prefix}{path.name}": path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.usefixtures("converting_here")

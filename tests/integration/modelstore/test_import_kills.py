@@ -144,13 +144,16 @@ async def kill_publishing(store, source, draw):
 
 
 async def kill_downloads(store, source, draw):
-    """While the same files are fetched: it goes on where it was."""
+    """While the same files are fetched, never to the end, however late the kill: it goes on where it was."""
     files = {f"/tiny/{path.name}": path.read_bytes() for path in source.iterdir()}
     size = sum(len(data) for data in files.values())
     async with serving(FileServer(files, pause_s=0.05)) as server:
-        for _ in range(5):
-            await killed(store, f"{server.url}/tiny/", "url", "download", draw.uniform(0.1, 0.3))
-            await whole(store)
+        for number in range(1, 6):
+            server.hold_at_bytes = size * number // 6
+            ended = await killed(store, f"{server.url}/tiny/", "url", "download", draw.uniform(0.1, 0.3))
+            assert not ended
+            assert "url" not in await whole(store)
+        server.hold_at_bytes = None
         await completed(store, f"{server.url}/tiny/", "url")
         # A kill loses what was on its way, and nothing that had arrived.
         assert server.sent_bytes <= size + 5 * 2 * PIECE_BYTES

@@ -12,23 +12,12 @@ from services.modelstore.core.refusal import Refused
 from services.modelstore.core.urls import parse_url
 from tests.integration.modelstore import made
 from tests.integration.modelstore.conftest import running
-from tests.integration.modelstore.test_downloads import DATA, fetch, files, refusal, served
+from tests.integration.modelstore.fetching import DATA, fetch, files, refusal, served
 from tests.integration.modelstore.web import FileServer, serving
 
 LONG_AGO = 1_000_000_000
 SEEN_S = 30.0
 ENDED_S = 60.0
-
-
-@pytest.fixture
-async def server():
-    async with serving(FileServer({"/m.bin": DATA})) as found:
-        yield found
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "m.bin"
 
 
 async def changed(server, file, path="/m.bin"):

@@ -31,6 +31,8 @@ class FileServer:
     """Bytes after which a body breaks off, for one body after the other."""
     pause_s: float = 0.0
     """Between two pieces."""
+    hold_at_bytes: int | None = None
+    """How many bytes are sent in all before no more come."""
     hang: bool = False
     modified: dict[str, int] = field(default_factory=dict)
     """Unix seconds to date files with; who asks for newer ones gets no older ones either."""
@@ -93,6 +95,8 @@ class FileServer:
                 assert request.transport is not None
                 request.transport.close()
                 return
+            if self.hold_at_bytes is not None and self.sent_bytes >= self.hold_at_bytes:
+                await asyncio.Event().wait()
             piece = data[at : at + PIECE_BYTES]
             await response.write(piece)
             self.sent_bytes += len(piece)

@@ -51,15 +51,19 @@ async def test_the_context_sees_what_its_block_raised(error):
 
 
 async def test_a_context_may_swallow_an_error():
+    swallowed = []
+
     @contextmanager
     def swallowing():
         try:
             yield
-        except ValueError:
-            pass
+        except ValueError as error:
+            swallowed.append(error)
 
+    error = ValueError()
     async with entered(swallowing()):
-        raise ValueError
+        raise error
+    assert swallowed == [error]
 
 
 async def test_closing_a_generator_leaves_the_context():
