@@ -87,6 +87,10 @@ class Reader:
         named = {digest for version in self._versions.values() for digest in version.blobs}
         return named.union(*(broken.named for broken in self._broken.values()))
 
+    def is_broken(self, digest: str) -> bool:
+        """Whether there is a manifest that could not be understood when it was read last."""
+        return digest in self._broken
+
     def forget(self, digest: str) -> None:
         """Read this version anew at the next look: what is kept of it was written over."""
         self._forgotten.add(digest)

@@ -171,6 +171,12 @@ class Store:
         """Forget a version; its blobs go with the next collection. Raises Refused: MODEL_NOT_FOUND,
         MODEL_IN_USE."""
         await self.refresh()
+        if self._reader.is_broken(digest):
+            # Nobody can be served from it, and there is nothing to write back.
+            self._check_unused(digest)
+            await self._objects.delete(manifest_path(digest))
+            await self.refresh()
+            return
         version = self.catalogue.version(digest)
         self._check_unused(digest)
         async with self.pins.hold(version.blobs):

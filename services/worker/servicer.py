@@ -86,7 +86,7 @@ class WorkerServicer:
 
     async def LoadModel(self, request: pb.LoadModelRequest, call: Call) -> pb.LoadModelResponse:
         """Make a model resident; the load goes on when the caller leaves."""
-        resident = await self._worker.models.load(request.version, evict=request.evict)
+        resident = await self._worker.load(request.version, evict=request.evict)
         return pb.LoadModelResponse(model=resident_model(resident))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, call: Call) -> pb.UnloadModelResponse:

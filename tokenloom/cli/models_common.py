@@ -58,6 +58,12 @@ def model_reference(text: str) -> str:
     return f"{name}@{version_reference(version)}" if at else text
 
 
+def is_digest(text: str) -> bool:
+    """Whether it is `sha256:` and 64 hex digits."""
+    digits = text.removeprefix("sha256:")
+    return digits != text and len(digits) == DIGEST_HEX and bool(_HEX.fullmatch(digits))
+
+
 def whole_digest(text: str) -> str:
     """`sha256:` and 64 digits, of either form. Raises CliError for anything else."""
     digits = text.strip().lower().removeprefix("sha256:")

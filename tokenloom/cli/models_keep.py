@@ -24,6 +24,7 @@ from tokenloom.cli.models_common import (
     duration_ms,
     err,
     find_model,
+    is_digest,
     list_models,
     model_reference,
     out,
@@ -59,6 +60,8 @@ class Doomed:
     def __str__(self) -> str:
         bytes_ = sum(file.size_bytes for version in self.versions for file in version.manifest.files)
         listed = ", ".join(short(version.digest) for version in self.versions) or "no versions"
+        if not self.name:
+            return f"{listed}, whose manifest is damaged"
         of = f"{self.name}: {listed} ({size(bytes_)})"
         return of + (f", aliases {', '.join(a.name for a in self.aliases)}" if self.aliases else "")
 
@@ -67,7 +70,9 @@ def rm(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME[@DIGEST]…", help="Versions; a NAME alone: its aliases and all versions."
+            metavar="NAME[@DIGEST]…",
+            help="Versions; a NAME alone: its aliases and all versions; `sha256:…` alone: one that `verify` "
+            "calls damaged and no list shows.",
         ),
     ],
     yes: YesOption = False,
@@ -101,6 +106,9 @@ async def _choose(modelstore: Modelstore, models: Sequence[str]) -> list[Doomed]
     found: dict[str, Doomed] = {}
     for text in models:
         name, at, version = text.partition("@")
+        if is_digest(text):
+            found[text] = await _unlisted(modelstore, text)
+            continue
         model = await find_model(modelstore, name)
         if not at:
             found[name] = Doomed(name, tuple(model.aliases), tuple(model.versions))
@@ -116,8 +124,17 @@ async def _choose(modelstore: Modelstore, models: Sequence[str]) -> list[Doomed]
         if wanted.digest not in [each.digest for each in known.versions]:
             found[name] = Doomed(name, known.aliases, (*known.versions, wanted))
     for each in found.values():
-        _refuse_named(await find_model(modelstore, each.name), each)
+        if each.name:
+            _refuse_named(await find_model(modelstore, each.name), each)
     return list(found.values())
+
+
+async def _unlisted(modelstore: Modelstore, digest: str) -> Doomed:
+    """A version that the store has and does not list. Raises CliError for one that is listed."""
+    for model in await list_models(modelstore):
+        if any(version.digest == digest for version in model.versions):
+            raise CliError(f"{digest} is listed: give it as {model.name}@{short(digest)}", status=2)
+    return Doomed("", (), (pb.Version(digest=digest),))
 
 
 def _refuse_named(model: pb.Model, doomed: Doomed) -> None:
@@ -278,6 +295,8 @@ class Cures:
         again = "import it again"
         if known:
             again += ": " + "; ".join(dict.fromkeys(map(_import_of, known)))
+        if damaged.digest in damaged.versions:
+            again += f"; without its source: `tokenloom models rm {damaged.digest}`"
         cure = again if damaged.versions else "no version needs it: `tokenloom models gc` deletes it"
         return {
             "digest": damaged.digest,

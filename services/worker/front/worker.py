@@ -56,6 +56,12 @@ class Worker:
         """A name for a sequence towards its engine. Request ids may repeat, these do not."""
         return str(next(self._keys))
 
+    async def load(self, digest: str, *, evict: bool) -> Resident:
+        """As Models.load, but nothing more comes to a worker that goes. Raises DRAINING too."""
+        if self.draining:
+            raise self._draining()
+        return await self.models.load(digest, evict=evict)
+
     def choose(self, digest: str) -> Resident:
         """The resident that serves this version. Raises DRAINING, MODEL_NOT_FOUND or WORKER_FULL."""
         if self.draining:

@@ -183,6 +183,26 @@ def test_damage_is_found_named_and_mended_by_the_import_that_the_cure_names(
     assert json.loads(cli("verify", "--json"))["damaged"] == []
 
 
+def test_a_version_that_is_damaged_beyond_its_name_goes_by_its_digest(cli, store, two_versions):
+    old, new = two_versions
+    where = ("--store", str(store))
+    listed = CliRunner().invoke(app, ["rm", old, "--yes", *where])
+    assert str(listed.exception) == f"{old} is listed: give it as tiny@{old[:19]}"
+    cli("promote", "tiny")
+    (manifest,) = (store / "manifests").rglob(f"{old[7:]}.json")
+    manifest.chmod(0o600)
+    os.truncate(manifest, 10)
+    (found,) = json.loads(CliRunner().invoke(app, ["verify", "--json", *where]).stdout)["damaged"]
+    assert found["cure"] == f"import it again; without its source: `tokenloom models rm {old}`"
+    told = cli("rm", old, "--yes")
+    assert told.startswith(f"deleted {old[:19]}, whose manifest is damaged")
+    assert json.loads(cli("verify", "--json"))["damaged"] == []
+    gone = CliRunner().invoke(app, ["rm", old, "--yes", *where])
+    assert "MODEL_NOT_FOUND" in str(gone.exception)
+    (left,) = json.loads(cli("list", "--json"))
+    assert [version["digest"] for version in left["versions"]] == [new]
+
+
 def command(*words):
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     line = [sys.executable, "-m", "tokenloom.cli.main", "models", *words]

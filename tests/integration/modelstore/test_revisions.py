@@ -181,3 +181,25 @@ async def test_a_damaged_store_is_found_by_verify_and_mended_by_the_same_import(
         watching.cancel()
         for file in first.version.manifest.files:
             assert digest_of(await other.fetch(file.digest)) == file.digest
+
+
+async def test_a_version_whose_manifest_is_damaged_can_be_forgotten_without_its_source(tmp_path, revisions):
+    store, roots = tmp_path / "store", str(revisions[0].parent)
+    async with running(store, roots) as house:
+        first, _ = await house.import_model(revisions[0])
+        kept, _ = await house.import_model(revisions[1])
+    digest = first.version.digest
+    damage(store / manifest_path(digest), "cut off")
+    async with running(store, roots) as house:
+        delete = pb.DeleteVersionRequest(digest=digest)
+        named = await house.refused("MODEL_IN_USE", house.call("DeleteVersion", delete))
+        assert named.message == f"{digest} is named by m@stable: point the alias at another version first"
+        targets = [pb.AliasTarget(digest=kept.version.digest, weight=1)]
+        await house.call("SetAlias", pb.SetAliasRequest(model="m", alias="stable", targets=targets))
+        await house.call("DeleteVersion", delete)
+        assert not (store / manifest_path(digest)).exists()
+        await house.refused("MODEL_NOT_FOUND", house.call("DeleteVersion", delete))
+        events = [event async for event in house.stub.Verify(pb.VerifyRequest())]
+        assert events[-1].verified.damaged == 0
+        for file in kept.version.manifest.files:
+            assert digest_of(await house.fetch(file.digest)) == file.digest

@@ -158,6 +158,9 @@ async def test_drain_refuses_new_and_lets_the_running_end() -> None:
         with pytest.raises(CallError) as refused:
             await worker.client.tokens(worker.client.request("late"))
         assert (refused.value.reason, refused.value.code) == ("DRAINING", grpc.StatusCode.UNAVAILABLE)
+        with pytest.raises(CallError, match="is draining; send the request to another") as not_loaded:
+            await worker.client.load("sha256:" + "e" * 64)
+        assert not_loaded.value.reason == "DRAINING"
         tokens = sum(len(m.tokens.token_ids) for m in [first, *await read(call)])
         assert tokens == 100
         assert (await drain).remaining == 0
