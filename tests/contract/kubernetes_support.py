@@ -89,16 +89,23 @@ class Rendered:
         """Container ports by name."""
         return {p["name"]: p["containerPort"] for p in self.container(workload)["ports"]}
 
-    def environment(self, workload: str) -> dict[str, str]:
-        """What the container's process finds, as the kubelet makes it: envFrom, then env, then $(NAME)."""
+    def environment(self, workload: str, secret: Mapping[str, str] | None = None) -> dict[str, str]:
+        """What the container's process finds, as the kubelet makes it: envFrom, then env, then $(NAME).
+
+        `secret`: what is in the one that the container names.
+        """
         container = self.container(workload)
         configs = self.of("ConfigMap")
         found: dict[str, str] = {}
         for source in container.get("envFrom", []):
-            found |= configs[source["configMapRef"]["name"]]["data"]
+            found |= (
+                configs[source["configMapRef"]["name"]]["data"] if "configMapRef" in source else secret or {}
+            )
         for entry in container.get("env", []):
             if "value" in entry:
                 found[entry["name"]] = expand(entry["value"], found)
+            elif reference := entry["valueFrom"].get("secretKeyRef"):
+                found[entry["name"]] = (secret or {})[reference["key"]]
             else:
                 found[entry["name"]] = FIELDS[entry["valueFrom"]["fieldRef"]["fieldPath"]]
         return found
@@ -168,14 +175,19 @@ def settings_class(service: str) -> type[ServiceSettings]:
 @cache
 def render(overlay: str) -> Rendered:
     """`kubectl kustomize` of one overlay."""
+    return render_folder(KUSTOMIZE / "overlays" / overlay)
+
+
+def render_folder(folder: Path) -> Rendered:
+    """`kubectl kustomize` of a folder."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.fail(
             "kubectl is not on PATH: the manifests cannot be rendered (any version from 1.27 on will do)"
         )
-    command = [kubectl, "kustomize", str(KUSTOMIZE / "overlays" / overlay)]
+    command = [kubectl, "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     # kustomize says there what it deprecates.
     assert done.stderr == ""
-    return Rendered(overlay, [o for o in yaml.load_all(done.stdout, yaml.CSafeLoader) if o])
+    return Rendered(folder.name, [o for o in yaml.load_all(done.stdout, yaml.CSafeLoader) if o])

@@ -23,6 +23,7 @@ from tests.contract.kubernetes_support import (
     SERVICES,
     Call,
     render,
+    render_folder,
     settings_class,
     walk,
 )
@@ -40,6 +41,8 @@ PORTS = {
 }
 HEADLESS = {"gateway", "mesh", "batcher", "worker"}
 COLLECTOR = "otel-collector"
+CHOSEN = {"object-store"}
+"""Components that need what not everybody has, each with a test of its own."""
 DRAIN_MARGIN_S = 5
 """Between the end of a drain and the kill."""
 
@@ -334,13 +337,13 @@ def test_network_policies_allow_the_calls_that_are_made_and_no_others():
     assert prod.of("NetworkPolicy")["default-deny"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
 
 
-def test_every_component_is_explained_and_used_by_an_overlay():
+def test_every_component_is_explained_and_used_by_an_overlay_or_by_choice():
     folders = {p.name for p in (KUSTOMIZE / "components").iterdir()}
     used = set()
     for overlay in OVERLAYS:
         made = yaml.safe_load((KUSTOMIZE / "overlays" / overlay / "kustomization.yaml").read_text())
         used |= {path.rpartition("/")[2] for path in made["components"]}
-    assert used == folders
+    assert used | CHOSEN == folders
     for folder in folders:
         kustomization = KUSTOMIZE / "components" / folder / "kustomization.yaml"
         assert yaml.safe_load(kustomization.read_text())["kind"] == "Component"
@@ -358,3 +361,34 @@ def test_the_hook_of_the_envoys_is_a_script_that_bash_can_read(rendered):
     assert bash is not None
     done = subprocess.run([bash, "-n"], input=script, capture_output=True, text=True, timeout=10, check=False)
     assert done.stderr == ""
+
+
+def test_with_a_bucket_there_are_two_modelstores_that_share_nothing_else(tmp_path):
+    """As an overlay of a user's own has it."""
+    folders = {
+        "resources": KUSTOMIZE / "overlays" / "prod",
+        "components": KUSTOMIZE / "components" / "object-store",
+    }
+    overlay = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"} | {
+        key: [os.path.relpath(folder, tmp_path)] for key, folder in folders.items()
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    ours = render_folder(tmp_path)
+    for thing in ours.objects:
+        kubernetes_validate.validate(thing, all_versions()[0], strict=True)
+    secret = {"url": "s3://my-bucket/models", "AWS_REGION": "eu-central-1"}
+    environment = ours.environment("modelstore", secret)
+    assert environment["AWS_REGION"] == "eu-central-1"
+    settings = load_settings(settings_class("modelstore"), environment)
+    assert settings.store_dir == "s3://my-bucket/models"
+    mounts = [mount["mountPath"] for mount in ours.container("modelstore")["volumeMounts"]]
+    assert [path for path in mounts if str(settings.scratch_dir).startswith(path + "/")] == [
+        "/var/lib/tokenloom"
+    ]
+    assert ours.workloads["modelstore"]["spec"]["replicas"] == 2
+    assert "modelstore" in ours.of("PodDisruptionBudget")
+    # Whoever starts without the secret would have a store that the other one does not see.
+    references = [v for k, v in walk(ours.pod("modelstore")) if k in ("secretRef", "secretKeyRef")]
+    assert [(each["name"], each.get("optional", False)) for each in references] == [
+        ("object-store", False)
+    ] * 2
