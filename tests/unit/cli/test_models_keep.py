@@ -207,7 +207,7 @@ def test_damage_is_listed_with_its_cure_and_fails_the_command(models, up):
         "sha256:22: missing",
         "  no version needs it: `tokenloom models gc` deletes it",
         "sha256:33: wrong digest",
-        "  import it again",
+        "  import it again; without its source: `tokenloom models rm sha256:33`",
     ]
     damaged = json.loads(models("verify", "--json").out)["damaged"]
     assert [each["digest"] for each in damaged] == ["sha256:11", "sha256:22", "sha256:33"]
